@@ -1,0 +1,210 @@
+"""All that an engine knows beyond its pool: the nodes, which is primary, the retry budget, who listens.
+
+A cluster of one is the common case. It outlives the pools: ``Engine.dispose()`` hands it to the next pool.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from resilientdb.config import Resilience
+from resilientdb.engine import retrying
+from resilientdb.engine.drivers import driver_of
+from resilientdb.engine.node import Node
+from resilientdb.errors import NoPrimaryAvailable, NoReplicaAvailable
+from resilientdb.events import (
+    AcquisitionRetried,
+    Event,
+    PrimaryChanged,
+    RetryBudgetExhausted,
+    TransactionRetried,
+)
+from resilientdb.policy.budget import Budget
+from resilientdb.policy.faults import Fault, Phase, classify, describe
+from resilientdb.policy.routing import engine_state, next_primary, order_for_read
+from resilientdb.runtime.clock import monotonic
+from resilientdb.runtime.emitter import Emitter
+from resilientdb.stats import Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sqlalchemy.engine.interfaces import Dialect
+
+    from resilientdb.stats import Role
+
+__all__ = ["Cluster"]
+
+T = TypeVar("T")
+
+
+class Cluster:
+    """Shared by the pools of one engine. ``_lock`` guards ``primary`` and the budget; listeners are called
+    outside it, in order."""
+
+    def __init__(self, resilience: Resilience, dialect: Any, nodes: Sequence[tuple[str, Role, Any]]) -> None:
+        """``nodes``: (name, role as configured, connector or None), the primary first."""
+        self.resilience = resilience
+        self.dialect: Dialect = dialect
+        self.driver = driver_of(dialect)
+        self._lock = threading.Lock()
+        self._budget = Budget(resilience.retry.budget)
+        self._emitter = Emitter()
+        self._listeners: list[Callable[[Event], object]] = []
+        self._rng = random.Random()
+        self._retries = 0
+        self.may_probe = self.driver.role_query is not None
+        """Whether a background prober makes sense: not for a database in this very process."""
+        self.nodes = [
+            Node(self, name=name, role=role, connector=connector) for name, role, connector in nodes
+        ]
+        self.primary: Node | None = self.nodes[0]
+        _clusters.add(self)
+
+    @classmethod
+    def standalone(cls, dialect: Any) -> Cluster:
+        """For a pool that was made without an engine."""
+        return cls(Resilience(), dialect, [("pool", "unknown", None)])
+
+    # -- routing -------------------------------------------------------------------------------------------
+
+    def for_write(self) -> Node:
+        """The node that takes writes; raises ``NoPrimaryAvailable`` when none is known to."""
+        primary = self.primary
+        if primary is None:
+            raise NoPrimaryAvailable(
+                "no node accepts writes: " + ", ".join(f"{node.name} is {node.role}" for node in self.nodes),
+                retry_after=self._retry_after(),
+            )
+        if not primary.available and len(self.nodes) > 1:
+            error = NoPrimaryAvailable(
+                f"the primary {primary.name} is out of service", retry_after=primary.breaker.retry_after
+            )
+            primary.wake()
+            raise error from primary.breaker.last_error
+        return primary
+
+    def for_read(self) -> list[Node]:
+        """The nodes to ask for a read, best first; raises ``NoReplicaAvailable`` when there are none."""
+        order = order_for_read(
+            self.nodes,
+            self.primary,
+            self._rng,
+            fallback_to_primary=self.resilience.routing.fallback_to_primary,
+        )
+        if not order:
+            raise NoReplicaAvailable("no node may serve this read", retry_after=self._retry_after())
+        return order
+
+    def role_changed(self, node: Node, old: Role) -> None:
+        with self._lock:
+            before = self.primary
+            self.primary = after = next_primary(node, old, before)
+        if before is not after:
+            self.emit(
+                PrimaryChanged(old=before.name if before else None, new=after.name if after else None)
+            )
+
+    # -- retries -------------------------------------------------------------------------------------------
+
+    def may_retry(self, error: BaseException) -> bool:
+        """Whether a failed acquisition is worth another attempt."""
+        return (
+            self.resilience.retry.attempts > 1
+            and (fault := classify(error, Phase.CONNECT)).retry_connect
+            and fault is not Fault.WRONG_ROLE
+        )
+
+    def retry_acquisition(
+        self, attempt: Callable[[], T], first: Exception, pause: Callable[[float], None], node: str
+    ) -> T:
+        def announce(number: int, delay: float, error: BaseException) -> None:
+            self.emit(
+                AcquisitionRetried(node=node, attempt=number, delay=delay, error=describe(error))
+            )
+
+        return retrying.loop(
+            attempt,
+            first,
+            self.resilience.retry,
+            pause,
+            is_retryable=self.may_retry,
+            spend=self.spend_retry,
+            announce=announce,
+        )
+
+    def spend_retry(self, error: BaseException) -> bool:
+        """Take one retry out of the budget; False (said once) when there is none left."""
+        with self._lock:
+            was_exhausted = self._budget.exhausted
+            granted = self._budget.try_spend(monotonic(), self._rate())
+            self._retries += granted
+        if not granted and not was_exhausted:
+            self.emit(RetryBudgetExhausted(error=describe(error)))
+        return granted
+
+    def announce_transaction_retry(self, number: int, delay: float, error: BaseException) -> None:
+        self.emit(TransactionRetried(attempt=number, delay=delay, error=describe(error)))
+
+    # -- after a fork ---------------------------------------------------------------------------------------
+
+    def after_fork(self) -> None:
+        """In the child: threads did not come along, and locks may be held by threads that do not exist."""
+        self._lock = threading.Lock()
+        self._emitter = Emitter()
+        for node in self.nodes:
+            node.after_fork()
+
+    # -- listeners and what can be seen ---------------------------------------------------------------------
+
+    def listen(self, listener: Callable[[Event], object]) -> None:
+        self._listeners.append(listener)
+
+    def emit(self, event: Event) -> None:
+        for listener in tuple(self._listeners):
+            self._emitter.post(lambda listener=listener: listener(event))  # type: ignore[misc]
+        self._emitter.deliver()
+
+    def snapshot(self) -> Snapshot:
+        stats = tuple(node.stats() for node in self.nodes)
+        primary = self.primary
+        pool = primary.pool.stats() if primary is not None and primary.pool is not None else None
+        saturated = (
+            pool is not None and pool.max_waiting is not None and 0 < pool.max_waiting <= 2 * pool.waiting
+        )
+        state = engine_state(self.nodes, primary, saturated=saturated)
+        now = monotonic()
+        with self._lock:
+            left, retries = self._budget.left(now, self._rate()), self._retries
+        return Snapshot(
+            state=state,
+            retry_after=None if state == "healthy" else self._retry_after(),
+            primary=primary.name if primary is not None else None,
+            nodes=stats,
+            retries=retries,
+            retry_budget=left,
+        )
+
+    def _rate(self) -> float:
+        """Successful calls a second, on all nodes."""
+        return sum(node.breaker.rate for node in self.nodes)
+
+    def _retry_after(self) -> float | None:
+        waits = [after for node in self.nodes if (after := node.breaker.retry_after) is not None]
+        return min(waits) if waits else None
+
+
+_clusters: weakref.WeakSet[Cluster] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for cluster in _clusters:
+        cluster.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

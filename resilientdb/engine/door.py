@@ -1,0 +1,190 @@
+"""The door: every connection a program gets from its engine is handed out here.
+
+``Door.connect`` is SQLAlchemy's ``Pool.connect``, the one choke point that ``Engine.connect``, ``begin``,
+``raw_connection``, ``Session``, ``inspect``, ``AsyncEngine`` and re-validation all pass. In it, in this order: the
+node's breaker gives a permit, the pool a connection (``QueueDoor``: after its queue gave a slot); a failure is
+settled with the breaker and, where that is safe, the acquisition is tried again. On the way back the permit's
+outcome is recorded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.pool import Pool
+
+from resilientdb.engine.cluster import Cluster
+from resilientdb.engine.compat import ConnectionRecord, await_only
+from resilientdb.policy.faults import Phase, classify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+    from resilientdb.engine.node import Node
+    from resilientdb.errors import ResilienceError
+    from resilientdb.policy.breaker import Permit
+    from resilientdb.runtime.watchdog import Watch
+    from resilientdb.stats import PoolStats
+
+__all__ = ["Door", "Record"]
+
+
+class Record(ConnectionRecord):
+    """SQLAlchemy's record of one pooled connection, with what the present checkout owes."""
+
+    permit: Permit | None = None
+    """The permit of this checkout; None once its outcome has been told."""
+    watch: Watch | None = None
+    """The appointment of this checkout with the watchdog."""
+
+    def __init__(self, pool: Door) -> None:
+        self.node = pool.node
+        super().__init__(pool)
+
+
+class Door(Pool):
+    """The guard in front of any pool class: permit before, outcome after, retry of the acquisition."""
+
+    def __init__(
+        self,
+        creator: Any,
+        *args: Any,
+        resilientdb_cluster: Cluster | None = None,
+        resilientdb_node: Node | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(creator, *args, **options)  # type: ignore[misc]
+        self._options = options
+        self.cluster = resilientdb_cluster or Cluster.standalone(self._dialect)
+        self.node = resilientdb_node or self.cluster.nodes[0]
+        self._breaker = self.node.breaker
+        self._plain_connect = super().connect
+        self.node.pool = self
+        if self.node.connector is not None:
+            self._invoke_creator = self.node.connector
+
+    def connect(self) -> PoolProxiedConnection:
+        try:
+            return self.checkout_once()
+        except Exception as error:
+            if not self.cluster.may_retry(error):
+                raise
+            first = error
+        # Outside the except block, so that what happens from here on does not drag the first error along.
+        return self.cluster.retry_acquisition(self.checkout_once, first, self._pause, self.node.name)
+
+    def checkout_once(self) -> PoolProxiedConnection:
+        """One attempt: a permit, a connection, the failure settled."""
+        permit = self._breaker.permit
+        if permit is None:
+            permit = self._ask()
+        try:
+            checked_out = self._plain_connect()
+        except BaseException as error:
+            self._settle(permit, error)
+            raise
+        checked_out._connection_record.permit = permit  # type: ignore[attr-defined]  # noqa: SLF001
+        return checked_out
+
+    def _ask(self) -> Permit:
+        """A permit from a circuit that is not closed: a probe's, or a refusal."""
+        self.node.wake()
+        permit = self._breaker.try_acquire()
+        if permit is None:
+            raise self._breaker.refusal()
+        return permit
+
+    def _settle(self, permit: Permit, error: BaseException) -> None:
+        """The acquisition failed: tell the breaker what that shows."""
+        if classify(error, Phase.CONNECT).is_node_failure:
+            self._breaker.record_failure(permit, error)
+            self.node.suspect()
+        else:
+            self._breaker.release(permit)
+
+    def _connect_failed(self, error: BaseException) -> None:
+        """A connect under the closed circuit failed: tell the breaker, if it is the node's fault."""
+        permit = self._breaker.permit
+        if permit is not None and classify(error, Phase.CONNECT).is_node_failure:
+            self._breaker.record_failure(permit, error)
+            self.node.suspect()
+
+    def _create_connection(self) -> ConnectionPoolEntry:
+        self.node.wake()
+        return Record(self)
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        self._conclude(record)
+        super()._do_return_conn(record)
+
+    def _conclude(self, record: Any) -> None:
+        """The checkout is over: end its appointment, record its outcome."""
+        watch: Watch | None = getattr(record, "watch", None)
+        if watch is not None:
+            record.watch = None
+            if watch.end():
+                # Cut by the watchdog at the last moment: whatever the caller saw, this connection is broken.
+                record.invalidate()
+        permit: Permit | None = getattr(record, "permit", None)
+        if permit is not None:
+            record.permit = None
+            self._breaker.record_success(permit)
+
+    def _pause(self, seconds: float) -> None:
+        if self._dialect.is_async:
+            await_only(asyncio.sleep(seconds))
+        else:
+            _never.wait(seconds)
+
+    def recreate(self) -> Any:
+        self.logger.info("Pool recreating")
+        self.retire()
+        return type(self)(
+            self._creator,
+            resilientdb_cluster=self.cluster,
+            resilientdb_node=self.node,
+            **self._arguments(),
+        )
+
+    def retire(self) -> None:
+        """Another pool takes this one's place."""
+
+    def _arguments(self) -> dict[str, Any]:
+        """What to make this pool's successor with."""
+        return {**self._options, "_dispatch": self.dispatch}
+
+    def dispose(self) -> None:
+        self.node.rest()
+        super().dispose()
+
+    def open_raw(self) -> Any:
+        """A driver connection that belongs to no pool."""
+        return self._invoke_creator(None)  # type: ignore[arg-type]
+
+    def stats(self) -> PoolStats | None:
+        """None: a pool class of the user's own keeps no counts."""
+        return None
+
+    @property
+    def load(self) -> int:
+        """How many callers hold a connection or wait for one."""
+        return 0
+
+    @property
+    def activity(self) -> int:
+        """Grows with every checkout; constant where nobody counts."""
+        return 0
+
+    def after_fork(self) -> None:
+        """In the child: the connections are the parent's."""
+
+    def dismiss_waiting(self, refusal: Callable[[], ResilienceError]) -> None:
+        """Send everybody in line away with an error; nobody waits at a pool without a queue."""
+
+
+_never = threading.Event()
+"""Never set: waiting for it sleeps, and lets signals through."""

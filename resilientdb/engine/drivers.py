@@ -1,0 +1,279 @@
+"""What the library knows of each DBAPI driver, so that nothing else has to ask which one it is talking to.
+
+One ``Driver`` a kind of driver: how to bound a connect, how to make the kernel notice a peer that has
+vanished, where the socket is, how to ask a server for its role. ``driver_of(dialect)`` finds it; a driver
+nobody has described gets the neutral one, which adds nothing and knows nothing.
+
+Silence is the hard fault. Three settings answer three kinds of it, and none replaces another: the connect
+timeout while connecting; TCP_USER_TIMEOUT while sent data is unacknowledged, when keepalives do not run; and
+keepalives while an answer is awaited and nothing is unacknowledged. Drivers differ in what they can be told:
+libpq takes all three as parameters, asyncpg only the first, and the rest is set on its socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+import os
+import re
+import socket
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy.engine.interfaces import Dialect
+
+    from resilientdb.config import Lifecycle
+
+__all__ = ["Driver", "TransactionStatus", "driver_of"]
+
+TransactionStatus = Literal["idle", "open", "failed", "undecided"]
+"""``failed``: the server will answer ROLLBACK to a COMMIT. ``undecided``: in a transaction, and the driver
+does not say whether it has failed."""
+
+_KEEPALIVE_COUNT: Final = 3
+"""Unanswered keepalives before the connection is given up: one may be lost, two in a row hardly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """A driver of which nothing is known, and the promise that every described one keeps.
+
+    No method raises for a broken or closed connection, and none waits.
+    """
+
+    name: str
+    role_query: str | None = None
+    """A statement whose one row says whether the server is a primary; None where there is no such thing."""
+
+    def socket_defaults(self, lifecycle: Lifecycle, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Connect parameters to add to ``given``: all that the URL and ``connect_args`` already hold.
+
+        Never contains what is given there, or in the environment where the driver reads it from there.
+        """
+        _ = lifecycle, given
+        return {}
+
+    def connect_timeout_param(self, seconds: float) -> dict[str, Any]:
+        """Connect parameters that bound one attempt to about ``seconds``, replacing any given before."""
+        _ = seconds
+        return {}
+
+    def after_connect(self, dbapi_connection: object, lifecycle: Lifecycle) -> None:
+        """Set on a fresh connection's socket what could not be said in its connect parameters."""
+
+    def socket_fd(self, dbapi_connection: object) -> int | None:
+        """The descriptor of the connection's socket; None if it has none, or no longer.
+
+        The number is only good until the driver closes it: whoever keeps it keeps a dup.
+        """
+        _ = dbapi_connection
+        return None
+
+    def transaction_status(self, dbapi_connection: object) -> TransactionStatus | None:
+        """Where the connection stands, from what the driver already knows; None if it does not say."""
+        _ = dbapi_connection
+        return None
+
+    def read_role(self, row: Sequence[Any]) -> Literal["primary", "replica"]:
+        """What the row of ``role_query`` says: its first column is whether the server is in recovery."""
+        return "replica" if row[0] else "primary"
+
+
+class _Libpq(Driver):
+    """psycopg (sync and async) and psycopg2: connect parameters are libpq's."""
+
+    __slots__ = ()
+
+    def socket_defaults(self, lifecycle: Lifecycle, given: Mapping[str, Any]) -> dict[str, Any]:
+        added: dict[str, Any] = {}
+        if lifecycle.connect_timeout is not None and "PGCONNECT_TIMEOUT" not in os.environ:
+            added |= self.connect_timeout_param(lifecycle.connect_timeout)
+        if lifecycle.keepalive_idle is not None and str(given.get("keepalives", "1")) != "0":
+            idle, interval = _keepalive_seconds(lifecycle.keepalive_idle)
+            added |= {
+                "keepalives": 1,
+                "keepalives_idle": idle,
+                "keepalives_interval": interval,
+                "keepalives_count": _KEEPALIVE_COUNT,
+            }
+        if lifecycle.tcp_user_timeout is not None and _libpq_version(self.name) >= 120_000:
+            added["tcp_user_timeout"] = math.ceil(lifecycle.tcp_user_timeout * 1000)
+        # Parameters may also come as one text, under either driver's name for it; keywords would override it.
+        text = f"{given.get('dsn') or ''} {given.get('conninfo') or ''}"
+        return {
+            key: value
+            for key, value in added.items()
+            if key not in given and not re.search(rf"\b{key}\s*=", text)
+        }
+
+    def connect_timeout_param(self, seconds: float) -> dict[str, Any]:
+        # libpq takes whole seconds, 0 means for ever, and both libpq and psycopg take 1 for 2.
+        return {"connect_timeout": max(2, math.ceil(seconds))}
+
+    def transaction_status(self, dbapi_connection: object) -> TransactionStatus | None:
+        connection: Any = _driver_connection(dbapi_connection)
+        try:
+            # Both drivers have .info; the numbers are libpq's PGTransactionStatusType.
+            return _LIBPQ_STATUS.get(int(connection.info.transaction_status))
+        except Exception:  # noqa: BLE001 - a closed connection raises the driver's own errors
+            return None
+
+
+class _Psycopg(_Libpq):
+    __slots__ = ()
+
+    def socket_fd(self, dbapi_connection: object) -> int | None:
+        connection: Any = _driver_connection(dbapi_connection)
+        try:
+            return _valid(connection.pgconn.socket)
+        except Exception:  # noqa: BLE001
+            return None
+
+
+class _Psycopg2(_Libpq):
+    __slots__ = ()
+
+    def socket_fd(self, dbapi_connection: object) -> int | None:
+        connection: Any = _driver_connection(dbapi_connection)
+        try:
+            return _valid(connection.fileno())
+        except Exception:  # noqa: BLE001
+            return None
+
+
+class _Asyncpg(Driver):
+    """asyncpg speaks the protocol itself, on an asyncio transport, and sets nothing on its socket."""
+
+    __slots__ = ()
+
+    def socket_defaults(self, lifecycle: Lifecycle, given: Mapping[str, Any]) -> dict[str, Any]:
+        if lifecycle.connect_timeout is None or "timeout" in given:
+            return {}
+        return self.connect_timeout_param(lifecycle.connect_timeout)
+
+    def connect_timeout_param(self, seconds: float) -> dict[str, Any]:
+        # It covers all hosts of a multi-host URL together, so a silent first one eats it.
+        return {"timeout": seconds}
+
+    def after_connect(self, dbapi_connection: object, lifecycle: Lifecycle) -> None:
+        fd = self.socket_fd(dbapi_connection)
+        if fd is None:
+            return
+        # Options belong to the socket, not the descriptor: a dup reaches them without touching an object that
+        # the event loop owns (uvloop's stand-in for a socket has no setsockopt).
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
+            if duplicate.family in {socket.AF_INET, socket.AF_INET6}:
+                _set_tcp_options(duplicate, lifecycle)
+
+    def socket_fd(self, dbapi_connection: object) -> int | None:
+        connection: Any = _driver_connection(dbapi_connection)
+        try:
+            # Private, but its only way: there since the first releases, and checked by the tests.
+            return _valid(connection._transport.get_extra_info("socket").fileno())  # noqa: SLF001
+        except Exception:  # noqa: BLE001
+            return None
+
+    def transaction_status(self, dbapi_connection: object) -> TransactionStatus | None:
+        connection: Any = _driver_connection(dbapi_connection)
+        try:
+            # It knows of the failed state, but does not tell it from an open transaction.
+            return "undecided" if connection.is_in_transaction() else "idle"
+        except Exception:  # noqa: BLE001
+            return None
+
+
+class _Sqlite(Driver):
+    """The standard library's sqlite3, and aiosqlite around it. No socket, no server, no role."""
+
+    __slots__ = ()
+
+    def transaction_status(self, dbapi_connection: object) -> TransactionStatus | None:
+        connection: Any = _driver_connection(dbapi_connection)
+        try:
+            # An error that SQLite answers by rolling back leaves no transaction, rather than a failed one.
+            return "open" if connection.in_transaction else "idle"
+        except Exception:  # noqa: BLE001
+            return None
+
+
+_LIBPQ_STATUS: Final[dict[int, TransactionStatus]] = {0: "idle", 1: "undecided", 2: "open", 3: "failed"}
+"""1 is ACTIVE: a command is running; 4, UNKNOWN, is a connection that is gone."""
+
+_POSTGRESQL_ROLE: Final = "SELECT pg_is_in_recovery()"
+
+_DRIVERS: Final[dict[tuple[str, str, bool], Driver]] = {
+    ("postgresql", "psycopg", False): _Psycopg("psycopg", _POSTGRESQL_ROLE),
+    ("postgresql", "psycopg", True): _Psycopg("psycopg_async", _POSTGRESQL_ROLE),
+    ("postgresql", "psycopg2", False): _Psycopg2("psycopg2", _POSTGRESQL_ROLE),
+    ("postgresql", "asyncpg", True): _Asyncpg("asyncpg", _POSTGRESQL_ROLE),
+    ("sqlite", "pysqlite", False): _Sqlite("pysqlite"),
+    ("sqlite", "aiosqlite", True): _Sqlite("aiosqlite"),
+}
+"""By dialect name, driver name and whether it is asynchronous."""
+
+
+def driver_of(dialect: Dialect) -> Driver:
+    """The driver that ``dialect`` uses.
+
+    A dialect of another database that uses a known driver (CockroachDB over psycopg) gets that driver without
+    a role query: the wire is the same, the meaning of its roles is not.
+    """
+    key = (dialect.name, dialect.driver, bool(dialect.is_async))
+    if key in _DRIVERS:
+        return _DRIVERS[key]
+    for (_, name, is_async), driver in _DRIVERS.items():
+        if (name, is_async) == key[1:]:
+            return replace(driver, role_query=None)
+    return Driver(dialect.driver)
+
+
+def _driver_connection(connection: object) -> object:
+    """The driver's own connection behind SQLAlchemy's async adapter or pool proxy, or the argument itself."""
+    try:
+        return getattr(connection, "driver_connection", None) or connection
+    except Exception:  # noqa: BLE001 - a proxy that has been invalidated
+        return connection
+
+
+def _valid(fd: object) -> int | None:
+    return fd if isinstance(fd, int) and fd >= 0 else None
+
+
+def _keepalive_seconds(idle: float) -> tuple[int, int]:
+    """Idle time and interval, in whole seconds as the kernel takes them: a vanished peer is given up after
+    about twice the idle time."""
+    return max(1, math.ceil(idle)), max(1, math.ceil(idle / _KEEPALIVE_COUNT))
+
+
+def _set_tcp_options(connected: socket.socket, lifecycle: Lifecycle) -> None:
+    if lifecycle.keepalive_idle is not None:
+        idle, interval = _keepalive_seconds(lifecycle.keepalive_idle)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # macOS calls the idle time TCP_KEEPALIVE; a system that has none of these keeps its own.
+        idle_option = "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE"
+        for option, value in (
+            (idle_option, idle),
+            ("TCP_KEEPINTVL", interval),
+            ("TCP_KEEPCNT", _KEEPALIVE_COUNT),
+        ):
+            if hasattr(socket, option):
+                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    if lifecycle.tcp_user_timeout is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        milliseconds = math.ceil(lifecycle.tcp_user_timeout * 1000)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+@functools.cache
+def _libpq_version(driver: str) -> int:
+    """Of the libpq in use, as in 160002, because it refuses parameters it does not know; 0 if unknown."""
+    try:
+        if driver == "psycopg2":
+            return int(importlib.import_module("psycopg2.extensions").libpq_version())
+        return int(importlib.import_module("psycopg").pq.version())
+    except Exception:  # noqa: BLE001
+        return 0

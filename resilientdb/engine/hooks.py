@@ -1,0 +1,165 @@
+"""What the library does around each statement: hold it to the deadline, and learn from how it ends.
+
+Three places see everything that is sent on a connection: SQLAlchemy's ``do_execute`` events (statements), the
+dialect's ``do_commit`` and ``do_rollback`` (the rest), and ``handle_error`` (every failure but a failed connect).
+All three hang on the dialect, so that connections keep SQLAlchemy's fast path for engines without events.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event
+
+from resilientdb.engine.compat import record_of, record_of_connection
+from resilientdb.errors import CommitOutcomeUnknown, DeadlineExceeded, ResilienceError
+from resilientdb.policy.faults import Fault, Phase, classify, describe, evidence
+from resilientdb.runtime.clock import monotonic
+from resilientdb.runtime.context import Deadline, current_deadline
+from resilientdb.runtime.watchdog import Watch, watchdog
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+    from sqlalchemy.engine.interfaces import ExceptionContext
+
+    from resilientdb.engine.cluster import Cluster
+
+__all__ = ["install"]
+
+_ROLLBACK_GRACE = 0.1
+"""Seconds a ROLLBACK may take when the deadline has passed already: it is sent to a connection that answered
+just now, and saves that connection."""
+
+
+def install(engine: Engine, cluster: Cluster) -> None:
+    """Attach the library to a finished engine, once."""
+    _Hooks(engine, cluster)
+
+
+class _Hooks:
+    def __init__(self, engine: Engine, cluster: Cluster) -> None:
+        self._cluster = cluster
+        dialect = engine.dialect
+        for name in ("do_execute", "do_executemany"):
+            event.listen(engine, name, self._before_statement)
+        event.listen(engine, "do_execute_no_params", self._before_bare_statement)
+        event.listen(engine, "handle_error", self._on_error)
+        self._commit = dialect.do_commit
+        self._rollback = dialect.do_rollback
+        dialect.do_commit = self._do_commit  # type: ignore[method-assign]
+        dialect.do_rollback = self._do_rollback  # type: ignore[method-assign]
+
+    # -- before ----------------------------------------------------------------------------------------------
+
+    def _before_statement(self, _cursor: Any, _statement: Any, _parameters: Any, context: Any) -> None:
+        deadline = current_deadline()
+        if deadline is not None:
+            self._hold_to(deadline, record_of_connection(context.root_connection), "a statement was sent")
+
+    def _before_bare_statement(self, _cursor: Any, _statement: Any, context: Any) -> None:
+        self._before_statement(_cursor, _statement, None, context)
+
+    def _do_commit(self, connection: Any) -> None:
+        deadline = current_deadline()
+        if deadline is not None:
+            self._hold_to(deadline, record_of(connection), "COMMIT was sent; nothing is committed")
+        try:
+            self._commit(connection)
+        except BaseException as error:
+            _mark_as_commit(error)
+            raise
+
+    def _do_rollback(self, connection: Any) -> None:
+        deadline = current_deadline()
+        record = record_of(connection)
+        if deadline is not None and record is not None:
+            self._appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))
+        self._rollback(connection)
+
+    def _hold_to(self, deadline: Deadline, record: Any, before: str) -> None:
+        """Have the watchdog end at the deadline what is about to be sent; refuse to send it after."""
+        if deadline.remaining() <= 0:
+            raise DeadlineExceeded(f"the deadline of {deadline.seconds:g} s ended before {before}")
+        if record is not None:
+            self._appoint(record, deadline, deadline.expires_at)
+
+    def _appoint(self, record: Any, deadline: Deadline, at: float) -> None:
+        watch: Watch | None = getattr(record, "watch", None)
+        if watch is not None and watch.at == at:
+            return
+        if watch is None:
+            fd = self._cluster.driver.socket_fd(record.dbapi_connection)
+            if fd is None:
+                return
+            record.watch = watch = Watch(fd)
+        watch.still_wanted = deadline.is_in_force
+        watchdog.appoint(watch, at)
+
+    # -- after ------------------------------------------------------------------------------------------------
+
+    def _on_error(self, context: ExceptionContext) -> BaseException | None:
+        error = context.original_exception
+        if isinstance(error, ResilienceError) or context.is_pre_ping:
+            return None
+        record = record_of_connection(context.connection)
+        if record is None:
+            return None  # a failed connect: the door settles it
+        phase = Phase.COMMIT if _was_commit(error) else Phase.STATEMENT
+        watch: Watch | None = getattr(record, "watch", None)
+        cut = watch is not None and watch.fired
+        if cut:
+            # Ours was the hand that broke this connection; the others are not to blame.
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+        self._settle(record, error, phase, cut=cut)
+        fault = classify(error, phase)
+        if fault is Fault.WRONG_ROLE and not _asked_for_read_only(context):
+            # pre_ping would call this connection healthy for ever: it is, but it leads to the wrong node.
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+        if phase is Phase.COMMIT and (fault is Fault.IN_DOUBT or cut):
+            return CommitOutcomeUnknown(
+                f"COMMIT was sent and its reply was lost ({describe(error)}): it may have been committed or not"
+            )
+        if cut and isinstance(error, Exception):
+            deadline = current_deadline()
+            return DeadlineExceeded(
+                f"the deadline{f' of {deadline.seconds:g} s' if deadline else ''} ended during a statement"
+            )
+        return None
+
+    def _settle(self, record: Any, error: BaseException, phase: Phase, *, cut: bool) -> None:
+        """Tell the breaker of the node what the failure shows, now rather than at the checkin."""
+        # SQLAlchemy's StaticPool makes plain records of its own.
+        node = getattr(record, "node", self._cluster.nodes[0])
+        fault = evidence(error, phase)
+        if cut or fault is Fault.WRONG_ROLE or fault.is_node_failure:
+            node.suspect()
+        permit = getattr(record, "permit", None)
+        if permit is None or (fault.is_healthy_reply and not cut):
+            return
+        record.permit = None
+        if fault.is_node_failure and not cut:
+            node.breaker.record_failure(permit, error)
+        else:
+            node.breaker.release(permit)
+
+
+def _asked_for_read_only(context: ExceptionContext) -> bool:
+    connection = context.connection
+    return connection is not None and bool(connection.get_execution_options().get("postgresql_readonly"))
+
+
+_COMMIT_MARK = "_resilientdb_at_commit"
+
+
+def _mark_as_commit(error: BaseException) -> None:
+    # handle_error is not told what failed when there was no statement; the exception itself can be.
+    try:
+        setattr(error, _COMMIT_MARK, True)
+    except AttributeError:
+        error.add_note("while sending COMMIT")
+
+
+def _was_commit(error: BaseException) -> bool:
+    return getattr(error, _COMMIT_MARK, False) or "while sending COMMIT" in getattr(error, "__notes__", ())

@@ -1,0 +1,126 @@
+"""One database server, as this process knows it: its breaker, its role, how to connect to it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from resilientdb.engine.probe import NodeProbe
+from resilientdb.events import CircuitStateChanged, RoleChanged
+from resilientdb.policy.breaker import OPEN
+from resilientdb.policy.faults import describe
+from resilientdb.runtime.breaker import CircuitBreaker
+from resilientdb.runtime.prober import Prober
+from resilientdb.stats import NodeStats
+
+if TYPE_CHECKING:
+    from resilientdb.engine.cluster import Cluster
+    from resilientdb.engine.connector import Connector
+    from resilientdb.engine.door import Door
+    from resilientdb.policy.breaker import Transition
+    from resilientdb.stats import PoolStats, Role
+
+__all__ = ["Node"]
+
+
+class Node:
+    """Outlives the pools: ``Engine.dispose()`` replaces the pool, the node goes on and knows what it knew.
+
+    ``role`` is what the prober last saw, at first what the configuration says. ``pool`` is the pool in use.
+    """
+
+    def __init__(
+        self, cluster: Cluster, *, name: str, role: Role, connector: Connector | None
+    ) -> None:
+        self.cluster = cluster
+        self.name = name
+        self.role: Role = role
+        self.connector = connector
+        """Opens driver connections to this node; None: the user's own ``creator`` does."""
+        self.pool: Door | None = None
+        policy = cluster.resilience.breaker
+        self.breaker = CircuitBreaker(policy, name=name, on_move=self._on_move)
+        self._prober: Prober | None = None
+        if policy.enabled and policy.probe_interval is not None and cluster.may_probe:
+            myself = weakref.ref(self)  # the prober's thread must not keep a forgotten engine alive
+            self._prober = Prober(
+                name,
+                policy.probe_interval,
+                lambda: NodeProbe(myself, cluster.driver, policy.probe_timeout),
+            )
+            weakref.finalize(self, self._prober.stop).atexit = False
+
+    def open_raw(self, timeout: float) -> Any:
+        """A driver connection that belongs to no pool, opened within about ``timeout`` seconds."""
+        if self.connector is not None:
+            return self.connector.open(None, timeout)
+        if self.pool is None:
+            raise RuntimeError(f"{self.name} has no pool yet")
+        return self.pool.open_raw()
+
+    @property
+    def available(self) -> bool:
+        """Whether its circuit lets calls through freely."""
+        return self.breaker.permit is not None
+
+    @property
+    def load(self) -> int:
+        """Callers that hold one of its connections or wait for one."""
+        return self.pool.load if self.pool is not None else 0
+
+    @property
+    def activity(self) -> int:
+        """Grows with every checkout."""
+        return self.pool.activity if self.pool is not None else 0
+
+    def wake(self) -> None:
+        """Somebody uses the node: have it looked after."""
+        if self._prober is not None:
+            self._prober.start()
+
+    def rest(self) -> None:
+        """The engine is disposed: close the prober's connection too (waits a moment for that)."""
+        if self._prober is not None:
+            self._prober.stop(timeout=0.5)
+
+    def suspect(self) -> None:
+        """A caller has seen something that the prober should look at now."""
+        if self._prober is not None:
+            self._prober.hurry()
+
+    def saw_role(self, role: Role) -> None:
+        """The prober got an answer that tells the node's role."""
+        old, self.role = self.role, role
+        if old != role:
+            self.cluster.emit(RoleChanged(node=self.name, old=old, new=role))
+            self.cluster.role_changed(self, old)
+
+    def after_fork(self) -> None:
+        if self._prober is not None:
+            self._prober.after_fork()
+        self.breaker.after_fork()
+        if self.pool is not None:
+            self.pool.after_fork()
+
+    def stats(self) -> NodeStats:
+        breaker = self.breaker
+        pool_stats: PoolStats | None = self.pool.stats() if self.pool is not None else None
+        return NodeStats(
+            name=self.name,
+            role=self.role,
+            breaker=breaker.current_state,
+            retry_after=breaker.retry_after,
+            pool=pool_stats,
+            last_error=describe(breaker.last_error) if breaker.last_error is not None else None,
+        )
+
+    def _on_move(self, transition: Transition) -> None:
+        self.cluster.emit(
+            CircuitStateChanged(
+                node=self.name, old=transition.old, new=transition.new, cause=transition.cause
+            )
+        )
+        if transition.new == OPEN:
+            self.suspect()
+            if self.pool is not None:
+                self.pool.dismiss_waiting(self.breaker.refusal)

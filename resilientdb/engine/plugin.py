@@ -1,0 +1,161 @@
+"""SQLAlchemy's plugin hook: the one way in, for ``create_engine``, ``create_async_engine`` and a bare URL alike.
+
+SQLAlchemy calls, in this order: ``__init__`` (the URL with our options still in it), ``update_url``,
+``handle_dialect_kwargs`` (the dialect class is known, the pool class not yet taken), ``handle_pool_kwargs``,
+``engine_created``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.engine import CreateEnginePlugin
+
+from resilientdb.config import URL_PREFIX, resolve
+from resilientdb.engine import hooks
+from resilientdb.engine.cluster import Cluster
+from resilientdb.engine.connector import Connector, node_name
+from resilientdb.engine.drivers import driver_of
+from resilientdb.engine.pool import guarded
+from resilientdb.engine.router import routed
+from resilientdb.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sqlalchemy import Engine
+    from sqlalchemy.engine.interfaces import Dialect
+    from sqlalchemy.pool import Pool
+
+    from resilientdb.stats import Role
+
+__all__ = ["ResilientPlugin"]
+
+_REPLICAS = f"{URL_PREFIX}replicas"
+
+
+class ResilientPlugin(CreateEnginePlugin):
+    """One engine's making. ``kwargs`` is SQLAlchemy's live dictionary of the caller's keyword arguments."""
+
+    def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
+        super().__init__(url, kwargs)
+        self._kwargs = kwargs
+        given = {key: value for key, value in url.query.items() if key.startswith(URL_PREFIX)}
+        self._url = url.difference_update_query(["plugin", *given])
+        in_url = _split(given.pop(_REPLICAS, ()))
+        replicas = kwargs.pop("resilientdb_replicas", ())
+        if isinstance(replicas, str | URL):
+            raise ConfigurationError(
+                "replicas must be a list or tuple of URLs, not one text", key="replicas", value="***"
+            )
+        self._replicas = [
+            _replica(self._url, replica, key)
+            for key, replica in (
+                *((f"replicas[{i}]", replica) for i, replica in enumerate(replicas)),
+                *((_REPLICAS, replica) for replica in in_url),
+            )
+        ]
+        self._resolved = resolve(
+            call=kwargs.pop("resilientdb_resilience", None),
+            url_options={key.removeprefix(URL_PREFIX): value for key, value in given.items()},
+        )
+        self._connect_args: dict[str, Any] = {}
+        self._own_creator = False
+        self._cluster: Cluster | None = None
+
+    def update_url(self, url: URL) -> URL:
+        return url.difference_update_query([key for key in url.query if key.startswith(URL_PREFIX)])
+
+    def handle_dialect_kwargs(self, dialect_cls: type[Dialect], dialect_args: dict[str, Any]) -> None:  # noqa: ARG002
+        if not self._resolved.resilience.enabled:
+            return
+        if self._kwargs.get("pool") is not None:
+            raise ConfigurationError(
+                "pool= hands over a finished pool, which cannot be guarded: pass poolclass= and its options",
+                key="pool",
+                value=type(self._kwargs["pool"]).__name__,
+            )
+        self._own_creator = "creator" in self._kwargs
+        if self._own_creator and self._replicas:
+            raise ConfigurationError(
+                "creator= connects to one place only: leave it out when there are replicas, or connect through "
+                "a do_connect event",
+                key="creator",
+            )
+        self._connect_args = dict(self._kwargs.get("connect_args") or {})
+        pool_class: type[Pool] = self._kwargs.get("poolclass") or dialect_cls.get_pool_class(self._url)
+        self._kwargs["poolclass"] = routed(pool_class) if self._replicas else guarded(pool_class)
+
+    def handle_pool_kwargs(self, pool_cls: type[Pool], pool_args: dict[str, Any]) -> None:  # noqa: ARG002
+        resilience = self._resolved.resilience
+        if not resilience.enabled:
+            return
+        dialect: Dialect = pool_args["dialect"]
+        driver = driver_of(dialect)
+
+        def connector(url: URL) -> Connector | None:
+            if self._own_creator:
+                return None
+            return Connector(dialect, driver, resilience.lifecycle, url, self._connect_args)
+
+        nodes: list[tuple[str, Role, Connector | None]] = [
+            (node_name(self._url), "primary" if self._replicas else "unknown", connector(self._url))
+        ]
+        nodes += [(node_name(url), "replica", connector(url)) for url in self._replicas]
+        names = [name for name, _, _ in nodes]
+        if len(set(names)) < len(names):
+            raise ConfigurationError(
+                f"each node needs an address of its own; given: {', '.join(names)}", key="replicas"
+            )
+        self._cluster = Cluster(resilience, dialect, nodes)
+        if _waits(pool_cls) and "timeout" not in pool_args:
+            pool_args["timeout"] = resilience.queue.timeout
+        pool_args["resilientdb_cluster"] = self._cluster
+
+    def engine_created(self, engine: Engine) -> None:
+        if self._cluster is not None:
+            hooks.install(engine, self._cluster)
+
+
+def _waits(pool_cls: type[Pool]) -> bool:
+    from sqlalchemy.pool import QueuePool
+
+    return issubclass(pool_cls, QueuePool)
+
+
+def _split(value: str | Iterable[str]) -> list[str]:
+    texts = [value] if isinstance(value, str) else list(value)
+    return [part.strip() for text in texts for part in text.split(",") if part.strip()]
+
+
+def _replica(primary: URL, replica: str | URL, key: str) -> URL:
+    """A replica's URL: in full, or ``host:port`` with all else as the primary's."""
+    if isinstance(replica, str) and "://" not in replica:
+        host, colon, port = replica.rpartition(":")
+        if colon and not port.isdigit():
+            raise ConfigurationError(f"{key}: {replica!r} is neither a URL nor host:port", key=key, value=replica)
+        return primary.set(host=host if colon else replica, port=int(port) if colon else None)
+    try:
+        url = make_url(replica)
+    except Exception as error:
+        raise ConfigurationError(
+            f"{key} is not a database URL (expected dialect+driver://user@host:port/database, or host:port)",
+            key=key,
+        ) from error.with_traceback(None) if not isinstance(replica, str) else None
+    if url.get_backend_name() != primary.get_backend_name():
+        raise ConfigurationError(
+            f"{key} is a {url.get_backend_name()} URL, but the primary is {primary.get_backend_name()}: replicas must "
+            "be of the same dialect",
+            key=key,
+            value=url.render_as_string(hide_password=True),
+        )
+    if "+" in url.drivername and url.drivername != primary.drivername:
+        raise ConfigurationError(
+            f"{key} names the driver {url.drivername}, but the engine connects with {primary.drivername}: use one",
+            key=key,
+            value=url.render_as_string(hide_password=True),
+        )
+    if url.username is None:
+        url = url.set(username=primary.username, password=primary.password)
+    return url if url.database else url.set(database=primary.database)

@@ -1,0 +1,535 @@
+"""``QueuePool`` with the library's admission: bounded, first come first served, handed on directly.
+
+SQLAlchemy's own queue is unbounded (300 threads park), unfair (a thread that returns a connection and takes
+another wins over everybody who waits) and deaf (when a connect fails, nobody who waits hears of the free slot).
+Here a slot passes from hand to hand; the classes stay real ``QueuePool``s, because programs ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool
+from sqlalchemy.util.queue import Empty
+
+from resilientdb.engine.compat import await_only, checkout, greenlet_spawn
+from resilientdb.engine.door import Door
+from resilientdb.errors import DeadlineExceeded, PoolSaturated, PoolTimeout
+from resilientdb.policy.saturation import Admission
+from resilientdb.runtime.bounded import LeftBehind, run_in_task, run_in_thread
+from resilientdb.runtime.clock import monotonic
+from resilientdb.runtime.context import Deadline, current_deadline, current_record
+from resilientdb.runtime.waiters import TaskWaiter, ThreadWaiter, Waiter
+from resilientdb.stats import PoolStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+    from resilientdb.errors import ResilienceError
+    from resilientdb.policy.breaker import Permit
+
+__all__ = ["AsyncQueueDoor", "IdleConnections", "QueueDoor", "guarded"]
+
+
+class IdleConnections:
+    """The connections nobody holds, in the shape in which ``QueuePool`` and its users expect ``pool._pool``."""
+
+    def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:  # noqa: FBT001, FBT002
+        self.maxsize = maxsize
+        self.use_lifo = use_lifo
+        self.queue: deque[Any] = deque()
+
+    def qsize(self) -> int:
+        return len(self.queue)
+
+    def empty(self) -> bool:
+        return not self.queue
+
+    def full(self) -> bool:
+        return 0 < self.maxsize <= len(self.queue)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:  # noqa: ARG002, FBT001, FBT002
+        try:
+            return self.queue.pop() if self.use_lifo else self.queue.popleft()
+        except IndexError:
+            raise Empty from None
+
+
+class QueueDoor(Door, QueuePool):
+    """The pool of one node, for threads.
+
+    A healthy checkout takes an idle connection and a healthy checkin puts one back, each one atomic operation on
+    ``_idle`` and no lock. What needs more than that (opening, waiting, handing on, closing) is decided under
+    ``_guard``. No wake-up is lost between the two: whoever joins the line looks at ``_idle`` again afterwards,
+    whoever puts a connection back looks at the line again afterwards, and one of them sees the other.
+
+    ``_guard`` guards ``_admission`` and ``_shells``. It is re-entrant and comes with a busy flag, because a
+    garbage collection inside it may give a forgotten connection back in this very thread: such a return is put
+    aside (``_late``) and done when the section ends. Nothing of the user's runs, nothing waits and nothing is
+    sent under it.
+    """
+
+    _queue_class: Any = IdleConnections
+
+    def __init__(
+        self,
+        creator: Any,
+        pool_size: int = 5,
+        max_overflow: int = 10,
+        timeout: float | None = 30.0,
+        use_lifo: bool = False,  # noqa: FBT001, FBT002 - QueuePool's own signature
+        **options: Any,
+    ) -> None:
+        self._guard = threading.RLock()
+        self._busy = False
+        self._late: deque[Any] = deque()
+        self._admission: Admission[Waiter] = Admission(limit=None, max_waiting=None)
+        self._shells: list[Any] = []
+        """Records whose connection was lost: what the user keeps in ``record_info`` outlives it."""
+        self._disposed = False
+        self._checkouts = self._timeouts = self._rejected = self._opened = self._closed = 0
+        super().__init__(
+            creator,
+            pool_size=pool_size,
+            max_overflow=max_overflow,
+            timeout=timeout,
+            use_lifo=use_lifo,
+            **options,
+        )
+        self._admission.max_waiting = self.cluster.resilience.queue.max_waiting
+        self._idle: deque[Any] = self._pool.queue  # type: ignore[attr-defined]
+        self._line = self._admission.line
+        self._next: Callable[[], Any] = self._idle.pop if use_lifo else self._idle.popleft
+        self._keep = pool_size or sys.maxsize
+        """Most idle connections; 0 once another pool has taken this one's place."""
+
+    # -- QueuePool's bookkeeping, kept truthful ------------------------------------------------------------
+
+    @property
+    def _max_overflow(self) -> int:
+        limit = self._admission.limit
+        return -1 if limit is None else limit - self._pool.maxsize
+
+    @_max_overflow.setter
+    def _max_overflow(self, overflow: int) -> None:
+        size = self._pool.maxsize
+        self._admission.limit = None if overflow == -1 or size == 0 else size + overflow
+
+    @property
+    def _overflow(self) -> int:
+        return self._admission.total - self._pool.maxsize
+
+    @_overflow.setter
+    def _overflow(self, value: int) -> None:
+        """QueuePool sets its own count when made and disposed; ours is never anything but what there is."""
+
+    def checkedout(self) -> int:
+        return self._admission.total - len(self._idle)
+
+    # -- out -----------------------------------------------------------------------------------------------
+
+    def connect(self) -> PoolProxiedConnection:
+        try:
+            return checkout(self)
+        except Exception as error:
+            self._connect_failed(error)
+            if not self.cluster.may_retry(error):
+                raise
+            first = error
+        return self.cluster.retry_acquisition(self.checkout_once, first, self._pause, self.node.name)
+
+    def checkout_once(self) -> PoolProxiedConnection:
+        try:
+            return checkout(self)
+        except Exception as error:
+            self._connect_failed(error)
+            raise
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        permit = self._breaker.permit
+        if permit is not None:
+            try:
+                record: ConnectionPoolEntry = self._next()
+            except IndexError:
+                pass
+            else:
+                record.permit = permit  # type: ignore[attr-defined]
+                self._checkouts += 1
+                return record
+            return self._get_slowly(permit)
+        permit = self._ask()
+        try:
+            record = self._get_slowly(permit)
+            if permit.probe:
+                record.get_connection()  # type: ignore[attr-defined] # a probe's outcome is settled here
+        except BaseException as error:
+            if permit.probe:
+                self._settle(permit, error)
+            raise
+        return record
+
+    def _get_slowly(self, permit: Permit) -> ConnectionPoolEntry:
+        deadline = current_deadline()
+        if deadline is not None and deadline.remaining() <= 0:
+            raise self._late_for(deadline)
+        record = self._take_slot(deadline)
+        if record is None or (deadline is not None and record._is_hard_or_soft_invalidated()):  # noqa: SLF001
+            record = self._connected(record, deadline)
+        record.permit = permit
+        self._checkouts += 1
+        return record  # type: ignore[no-any-return]
+
+    def _take_slot(self, deadline: Deadline | None) -> Any:
+        """A slot: with its record, connected or not, or None for a new one. Waits in line if it must."""
+        waiter = self._make_waiter()
+        self._enter()
+        try:
+            if self._idle:
+                return self._next()
+            if self._admission.try_take():
+                return self._shells.pop() if self._shells else None
+            if not self._admission.join(waiter):
+                self._rejected += 1
+                raise self._saturated()
+            self._match()
+        finally:
+            self._leave()
+        return self._wait(waiter, deadline)
+
+    def _wait(self, waiter: Waiter, deadline: Deadline | None) -> Any:
+        """Wait in line; returns what came with the slot: a record, or None. Raises when there is none."""
+        seconds: float | None = self._timeout
+        if deadline is not None:
+            left = deadline.remaining()
+            seconds = left if seconds is None else min(seconds, left)
+        try:
+            woken = waiter.park(seconds)
+        except BaseException:
+            if not self._step_out(waiter) and waiter.refusal is None:
+                self._give_back(waiter.granted)
+            raise
+        finally:
+            notes = current_record()
+            if notes is not None:
+                notes.waits += 1
+                notes.wait_time += monotonic() - waiter.since
+        if not woken and self._step_out(waiter):
+            self._timeouts += 1
+            if deadline is not None and deadline.remaining() <= 0:
+                raise self._late_for(deadline, waiter)
+            raise self._timed_out(waiter)
+        if waiter.refusal is not None:
+            raise waiter.refusal()
+        return waiter.granted
+
+    def _step_out(self, waiter: Waiter) -> bool:
+        """Leave the line; False when a slot (or a refusal) was given in the meantime."""
+        self._enter()
+        try:
+            return self._admission.leave(waiter)
+        finally:
+            self._leave()
+
+    def _connected(self, record: Any, deadline: Deadline | None) -> Any:
+        """A record with a live connection, for the slot held. The slot goes back if that fails."""
+        try:
+            if deadline is None:
+                return self._create_connection()
+            return self._connect_elsewhere(record, deadline)
+        except LeftBehind:
+            pass
+        except BaseException:
+            self._give_back(record)
+            raise
+        raise self._late_for(deadline)
+
+    def _connect_elsewhere(self, record: Any, deadline: Deadline) -> Any:
+        """Connect where the caller need not wait for it longer than its deadline."""
+
+        def open_one() -> Any:
+            if record is None:
+                return self._create_connection()
+            record.get_connection()
+            return record
+
+        def adopt(opened: Any, error: BaseException | None) -> None:
+            if error is not None:
+                self._connect_failed(error)
+            self._give_back(record if opened is None else opened)
+
+        return self._run_bounded(open_one, deadline.remaining(), adopt)
+
+    def _run_bounded(
+        self, work: Callable[[], Any], seconds: float, adopt: Callable[[Any, BaseException | None], None]
+    ) -> Any:
+        return run_in_thread(work, seconds, adopt)
+
+    def _make_waiter(self) -> Waiter:
+        return ThreadWaiter()
+
+    def _create_connection(self) -> ConnectionPoolEntry:
+        record = super()._create_connection()
+        self._opened += 1
+        return record
+
+    # -- back ----------------------------------------------------------------------------------------------
+
+    def _do_return_conn(self, record: Any) -> None:
+        idle = self._idle
+        breaker = self._breaker
+        if (
+            record.permit is breaker.permit
+            and record.watch is None
+            and record.dbapi_connection is not None
+            and not self._line
+            and len(idle) < self._keep
+        ):
+            breaker.answered += 1
+            idle.append(record)
+            if self._line or len(idle) > self._keep:
+                self._rebalance()
+            return
+        if record.watch is not None or record.permit is not None:
+            self._conclude(record)
+        self._give_back(record)
+
+    def _conclude(self, record: Any) -> None:
+        if record.dbapi_connection is None and record.permit is not None:
+            # Lost without an error that told why (pre-ping, a listener, invalidate()): no evidence.
+            self._breaker.release(record.permit)
+            record.permit = None
+        super()._conclude(record)
+
+    def _give_back(self, record: Any) -> None:
+        """Hand a slot on, with its connection if there is one (None, or a record without: to be opened)."""
+        while True:
+            if self._is_inside():
+                self._late.append(record)
+                return
+            waiter: Waiter | None = None
+            surplus = False
+            self._enter()
+            try:
+                if record is None or record.dbapi_connection is None:
+                    waiter = self._admission.vacate()
+                    if waiter is None and record is not None:
+                        self._shells.append(record)
+                elif self._keep == 0:
+                    surplus = True
+                else:
+                    waiter = self._admission.next_in_line()
+                    if waiter is None and len(self._idle) < self._keep:
+                        self._idle.append(record)
+                    elif waiter is None:
+                        surplus = True
+                if waiter is not None:
+                    waiter.granted = record
+            finally:
+                self._leave()
+            if surplus:
+                # Closed before its slot is free, so that the server never sees more than the limit.
+                self._closed += 1
+                record.close()
+                record = None
+            elif waiter is None or waiter.wake():
+                return
+
+    def _match(self) -> None:
+        """Inside the section: give idle connections to those who wait, where both came to be at once."""
+        while self._line and self._idle:
+            record = self._next()
+            waiter = self._admission.next_in_line()
+            if waiter is None:
+                self._idle.append(record)
+                return
+            waiter.granted = record
+            if not waiter.wake():
+                self._idle.append(record)
+
+    def _rebalance(self) -> None:
+        """After two threads acted at once: nobody waits beside an idle connection, none is kept too many."""
+        if self._is_inside():
+            return  # whoever is inside looks again when leaving
+        surplus = None
+        self._enter()
+        try:
+            self._match()
+            if len(self._idle) > self._keep:
+                surplus = self._next()
+        finally:
+            self._leave()
+        if surplus is not None:
+            self._give_back(surplus)
+
+    def dismiss_waiting(self, refusal: Callable[[], ResilienceError]) -> None:
+        """Send everybody in line away with an error of their own."""
+        self._enter()
+        try:
+            dismissed = self._admission.dismiss()
+            for waiter in dismissed:
+                waiter.refusal = refusal
+        finally:
+            self._leave()
+        for waiter in dismissed:
+            waiter.wake()
+
+    def dispose(self) -> None:
+        self._disposed = True
+        self.node.rest()
+        while True:
+            try:
+                record = self._next()
+            except IndexError:
+                break
+            self._closed += 1
+            record.close()
+            self._give_back(record)
+        self._shells.clear()
+        self.logger.info("Pool disposed. %s", self.status())
+
+    def retire(self) -> None:
+        # Connections that are still out come back here, where nobody will ask for them: close them then.
+        if self._disposed:
+            self._keep = 0
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            **super()._arguments(),
+            "pool_size": self._pool.maxsize,
+            "max_overflow": self._max_overflow,
+            "timeout": self._timeout,
+            "use_lifo": self._pool.use_lifo,
+        }
+
+    # -- what can be seen ----------------------------------------------------------------------------------
+
+    @property
+    def load(self) -> int:
+        return self.checkedout() + self._admission.waiting
+
+    @property
+    def activity(self) -> int:
+        return self._checkouts
+
+    def after_fork(self) -> None:
+        self._guard = threading.RLock()
+        self._busy = False
+        self._admission.dismiss()  # their threads exist in the parent only
+        # Dropped without a word to the server: it would be the parent's connection that hears it.
+        self._parents = list(self._idle)
+        self._idle.clear()
+        self._shells.clear()
+        self._admission.total = 0
+
+    def stats(self) -> PoolStats:
+        idle, admission = len(self._idle), self._admission
+        total = max(idle, admission.total)
+        return PoolStats(
+            total=total,
+            active=total - idle,
+            idle=idle,
+            waiting=admission.waiting,
+            limit=admission.limit,
+            max_waiting=admission.max_waiting,
+            checkouts=self._checkouts,
+            waited=admission.waited,
+            timeouts=self._timeouts,
+            rejected=self._rejected,
+            opened=self._opened,
+            closed=self._closed,
+        )
+
+    # -- the guarded section -------------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        self._guard.acquire()
+        if self._busy:
+            self._guard.release()
+            raise PoolSaturated("a finalizer cannot use the pool while the pool is handing out a connection")
+        self._busy = True
+
+    def _leave(self) -> None:
+        self._busy = False
+        self._guard.release()
+        while self._late:
+            try:
+                record = self._late.popleft()
+            except IndexError:
+                return
+            self._give_back(record)
+
+    def _is_inside(self) -> bool:
+        """Whether this very thread is inside the section (a finalizer runs in the middle of it)."""
+        with self._guard:
+            return self._busy
+
+    # -- refusals ------------------------------------------------------------------------------------------
+
+    def _counts(self) -> str:
+        admission, idle = self._admission, len(self._idle)
+        return (
+            f"{admission.total - idle} active, {idle} idle, {admission.waiting} waiting; "
+            f"limit of size {self._pool.maxsize} overflow {self._max_overflow}"
+        )
+
+    def _expected_wait(self) -> float | None:
+        """Seconds until a newcomer would be served, by how fast callers are being served now."""
+        rate = self._breaker.rate
+        return (self._admission.waiting + 1) / rate if rate else None
+
+    def _saturated(self) -> PoolSaturated:
+        return PoolSaturated(
+            f"the pool of {self.node.name} is saturated: {self._counts()}, "
+            f"at most {self._admission.max_waiting} may wait",
+            retry_after=self._expected_wait(),
+        )
+
+    def _timed_out(self, waiter: Waiter) -> PoolTimeout:
+        return PoolTimeout(
+            f"QueuePool limit of size {self._pool.maxsize} overflow {self._max_overflow} reached, connection "
+            f"timed out, timeout {self._timeout or 0:0.2f}: waited {monotonic() - waiter.since:.2f} s for "
+            f"{self.node.name} ({self._counts()})",
+            retry_after=self._expected_wait(),
+        )
+
+    def _late_for(self, deadline: Deadline | None, waiter: Waiter | None = None) -> DeadlineExceeded:
+        waited = "" if waiter is None else f" after waiting {monotonic() - waiter.since:.2f} s in line"
+        return DeadlineExceeded(
+            f"the deadline of {deadline.seconds if deadline else 0:g} s ended{waited} before {self.node.name} "
+            f"gave a connection ({self._counts()})",
+            retry_after=self._expected_wait(),
+        )
+
+
+class AsyncQueueDoor(QueueDoor, AsyncAdaptedQueuePool):
+    """The pool of one node, for tasks of an event loop. Runs inside SQLAlchemy's greenlets."""
+
+    def _make_waiter(self) -> Waiter:
+        return TaskWaiter(asyncio.get_running_loop(), await_only)
+
+    def _run_bounded(
+        self, work: Callable[[], Any], seconds: float, adopt: Callable[[Any, BaseException | None], None]
+    ) -> Any:
+        return run_in_task(work, seconds, adopt, spawn=greenlet_spawn, suspend=await_only)
+
+
+@functools.cache
+def guarded(pool_class: type[Pool]) -> type[Pool]:
+    """The class to use for ``pool_class``: itself, behind the door.
+
+    SQLAlchemy's two queue pools are replaced by ours; any other class keeps its own way of keeping connections.
+    """
+    if issubclass(pool_class, Door):
+        return pool_class
+    if pool_class is QueuePool:
+        return QueueDoor
+    if pool_class is AsyncAdaptedQueuePool:
+        return AsyncQueueDoor
+    return type(f"Guarded{pool_class.__name__}", (Door, pool_class), {"__doc__": pool_class.__doc__})

@@ -1,0 +1,131 @@
+"""What the prober asks a node: connect, «are you a primary?», within a bounded time.
+
+A probe is made with the engine's own dialect and connect arguments (so it needs the same name resolution, TLS and
+password as everybody), on a connection outside the pool. For an asynchronous driver the prober's thread has an
+event loop of its own: a blocked application loop does not make its database look dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from resilientdb.engine.compat import greenlet_spawn
+from resilientdb.policy.faults import Fault, Phase, classify
+from resilientdb.runtime.clock import monotonic
+from resilientdb.runtime.watchdog import Watch, watchdog
+
+if TYPE_CHECKING:
+    import weakref
+    from collections.abc import Callable
+
+    from resilientdb.engine.drivers import Driver
+    from resilientdb.engine.node import Node
+
+__all__ = ["NodeProbe"]
+
+_LINGER = 10.0
+"""Seconds without a checkout after which a node is no longer looked after."""
+
+_NO_EVIDENCE = frozenset({Fault.CONFIGURATION, Fault.APPLICATION, Fault.OVERLOAD, Fault.LOCAL_REJECTION})
+"""What a probe may meet that says nothing about the node's callers: a full server refuses the prober, too, and
+serves those who are connected."""
+
+
+class NodeProbe:
+    """One node's examination; used by its prober's thread alone. Holds the node weakly."""
+
+    def __init__(self, node: weakref.ref[Node], driver: Driver, timeout: float) -> None:
+        self._node = node
+        self._driver = driver
+        self._timeout = timeout
+        self._connection: Any = None
+        self._runner: asyncio.Runner | None = None
+        self._seen = -1
+        self._used_until = 0.0
+
+    def examine(self) -> bool:
+        node = self._node()
+        if node is None or not self._is_used(node):
+            return False
+        asked_at = monotonic()
+        answered = node.breaker.answered
+        fresh = self._connection is None
+        try:
+            try:
+                role = self._run(self._ask, node)
+            except Exception as error:
+                self._discard(node)
+                # The server may have closed an idle connection; only a new one that fails, or silence, is news.
+                if fresh or monotonic() - asked_at >= self._timeout:
+                    raise
+                del error
+                role = self._run(self._ask, node)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what was seen
+            self._discard(node)
+            if classify(error, Phase.CONNECT) not in _NO_EVIDENCE:
+                node.breaker.prober_failed(error, answered)
+            return True
+        node.saw_role(role)
+        node.breaker.prober_succeeded()
+        return True
+
+    def close(self) -> None:
+        node = self._node()
+        if node is not None:
+            self._discard(node)
+        self._connection = None
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    def _is_used(self, node: Node) -> bool:
+        """Whether the node has callers, had some lately, or is being waited for to come back."""
+        now = monotonic()
+        activity = node.activity
+        if activity != self._seen or node.load > 0:
+            self._seen = activity
+            self._used_until = now + _LINGER
+        return now < self._used_until or not node.available
+
+    def _ask(self, node: Node) -> Any:
+        if self._connection is None:
+            self._connection = opened = node.open_raw(self._timeout)
+            # One statement, one round trip, and no transaction left behind.
+            with contextlib.suppress(NotImplementedError):
+                node.cluster.dialect.set_isolation_level(opened, "AUTOCOMMIT")
+        fd = self._driver.socket_fd(self._connection)
+        watch = Watch(fd) if fd is not None else None
+        if watch is not None:
+            watchdog.appoint(watch, monotonic() + self._timeout)
+        try:
+            cursor = self._connection.cursor()
+            try:
+                cursor.execute(self._driver.role_query)
+                row = cursor.fetchone()
+            finally:
+                cursor.close()
+        finally:
+            if watch is not None:
+                watch.end()
+        return self._driver.read_role(row)
+
+    def _discard(self, node: Node) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                self._run(node.cluster.dialect.do_terminate, connection)
+
+    def _run(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Call ``work``, where it may await if the driver is asynchronous."""
+        node = self._node()
+        if node is None or not node.cluster.dialect.is_async:
+            return work(*args)
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+
+        async def spawned() -> Any:
+            return await greenlet_spawn(work, *args)
+
+        return self._runner.run(spawned())

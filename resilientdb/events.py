@@ -1,0 +1,79 @@
+"""What listeners are told: one frozen record a transition, never one a request.
+
+``control(engine).on_event(listener)`` registers a callable. Listeners run outside every lock, in the
+thread that caused the event; an exception in one is logged and reaches nobody.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from resilientdb.stats import Role
+
+__all__ = [
+    "AcquisitionRetried",
+    "CircuitStateChanged",
+    "Event",
+    "PrimaryChanged",
+    "RetryBudgetExhausted",
+    "RoleChanged",
+    "TransactionRetried",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """Base of all events."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CircuitStateChanged(Event):
+    """A node's breaker moved. ``cause`` says why in words, without SQL or credentials."""
+
+    node: str
+    old: str
+    new: str
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoleChanged(Event):
+    """A node was seen in another role than before."""
+
+    node: str
+    old: Role
+    new: Role
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrimaryChanged(Event):
+    """Writes go to another node from now on; None = to none."""
+
+    old: str | None
+    new: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AcquisitionRetried(Event):
+    """Opening a connection failed and is tried again after ``delay`` seconds; ``attempt`` counts from 1."""
+
+    node: str
+    attempt: int
+    delay: float
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransactionRetried(Event):
+    """``run_transaction`` runs its function again after ``delay`` seconds; ``attempt`` counts from 1."""
+
+    attempt: int
+    delay: float
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryBudgetExhausted(Event):
+    """A retry was not made because too many were made lately; said once until one is allowed again."""
+
+    error: str

@@ -1,0 +1,219 @@
+"""What the caller has said about the work in hand: deadline, intent, criticality, and the request's record.
+
+Kept in context variables, because pool hooks receive no arguments: they follow a task through ``await``,
+through SQLAlchemy's greenlets and into threads started with a copied context. Each is a context manager
+*and* a decorator, for plain functions and for ``async def``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast
+
+from resilientdb.errors import ConfigurationError
+from resilientdb.runtime.clock import monotonic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+__all__ = [
+    "Criticality",
+    "Deadline",
+    "RequestRecord",
+    "criticality",
+    "current_criticality",
+    "current_deadline",
+    "current_record",
+    "deadline",
+    "is_read_only",
+    "read_only",
+    "recording",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+V = TypeVar("V")
+
+Criticality = Literal["critical_plus", "critical", "sheddable_plus", "sheddable"]
+CRITICALITIES: tuple[Criticality, ...] = ("critical_plus", "critical", "sheddable_plus", "sheddable")
+
+
+@dataclass(eq=False, slots=True)
+class Deadline:
+    """A moment on the monotonic clock after which nobody wants the answer. Compared by identity."""
+
+    expires_at: float
+    seconds: float
+    """How long it was when it was set; for messages."""
+    ended: bool = False
+    """Whether the block it was set for has been left: it binds nothing any more."""
+
+    def is_in_force(self) -> bool:
+        return not self.ended
+
+    def remaining(self, now: float | None = None) -> float:
+        """Seconds left, negative once it has passed."""
+        return self.expires_at - (monotonic() if now is None else now)
+
+
+@dataclass(eq=False, slots=True)
+class RequestRecord:
+    """What one request did to the pools; filled in by the pools, read by the web edge. Seconds."""
+
+    waits: int = 0
+    wait_time: float = 0.0
+    hold_time: float = 0.0
+    connections: int = 0
+    nodes: str = ""
+
+
+_deadline: ContextVar[Deadline | None] = ContextVar("resilientdb_deadline", default=None)
+_read_only: ContextVar[bool] = ContextVar("resilientdb_read_only", default=False)
+_criticality: ContextVar[Criticality] = ContextVar("resilientdb_criticality", default="critical")
+_record: ContextVar[RequestRecord | None] = ContextVar("resilientdb_record", default=None)
+
+current_deadline = _deadline.get
+"""The innermost deadline in force, or None."""
+is_read_only = _read_only.get
+"""Whether the caller has said that this work only reads."""
+current_criticality = _criticality.get
+current_record = _record.get
+"""The record of the request in hand, or None outside one."""
+
+
+class _Scope(Generic[V]):
+    """A context variable set for a block. Re-entrant: each entry has its own token."""
+
+    def __init__(self, variable: ContextVar[V]) -> None:
+        self._variable = variable
+        self._tokens: list[Token[V]] = []
+
+    def _value(self) -> V:
+        raise NotImplementedError
+
+    def _again(self) -> _Scope[V]:
+        """A fresh scope of the same meaning: a decorated function may run in many tasks at once."""
+        raise NotImplementedError
+
+    def __enter__(self) -> V:
+        value = self._value()
+        self._tokens.append(self._variable.set(value))
+        return value
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._variable.reset(self._tokens.pop())
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"{function.__qualname__} is a generator: what it yields to would run outside the scope; "
+                "use the context manager inside it"
+            )
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def in_scope(*args: P.args, **kwargs: P.kwargs) -> Any:
+                with self._again():
+                    return await function(*args, **kwargs)
+
+            return cast("Callable[P, R]", in_scope)
+
+        @functools.wraps(function)
+        def in_scope_sync(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self._again():
+                return function(*args, **kwargs)
+
+        return in_scope_sync
+
+
+class deadline(_Scope["Deadline | None"]):  # noqa: N801 - used as a verb: with deadline(0.8):
+    """Bounds everything the block asks of a database: waiting, connecting, statements and retries together.
+
+    ``seconds`` from entry; None sets no bound of its own. Nested deadlines only shrink: an inner, later one
+    has no effect. Past it, ``DeadlineExceeded``. Raises ``ConfigurationError`` for a negative or non-numeric
+    value.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        if seconds is not None and (
+            isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0
+        ):
+            raise ConfigurationError(
+                f"deadline must be a number of seconds, 0 or more, or None; got {seconds!r}",
+                key="deadline",
+                value=seconds,
+            )
+        super().__init__(_deadline)
+        self._seconds = seconds
+
+    def _value(self) -> Deadline | None:
+        outer = _deadline.get()
+        if self._seconds is None:
+            return outer
+        expires_at = monotonic() + self._seconds
+        if outer is not None and outer.expires_at <= expires_at:
+            return outer
+        return Deadline(expires_at, self._seconds)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        mine = _deadline.get()
+        super().__exit__(kind, error, trace)
+        if mine is not None and mine is not _deadline.get():
+            mine.ended = True
+
+    def _again(self) -> deadline:
+        return deadline(self._seconds)
+
+
+class read_only(_Scope[bool]):  # noqa: N801
+    """Says that the block only reads, so a replica may serve it. Writing inside it is an error on a replica."""
+
+    def __init__(self) -> None:
+        super().__init__(_read_only)
+
+    def _value(self) -> bool:
+        return True
+
+    def _again(self) -> read_only:
+        return read_only()
+
+
+class criticality(_Scope[Criticality]):  # noqa: N801
+    """Says how much the block matters when there is not room for all: one of ``CRITICALITIES``."""
+
+    def __init__(self, level: Criticality) -> None:
+        if level not in CRITICALITIES:
+            raise ConfigurationError(
+                f"criticality must be one of {', '.join(CRITICALITIES)}; got {level!r}",
+                key="criticality",
+                value=level,
+            )
+        super().__init__(_criticality)
+        self._level = level
+
+    def _value(self) -> Criticality:
+        return self._level
+
+    def _again(self) -> criticality:
+        return criticality(self._level)
+
+
+class recording(_Scope["RequestRecord | None"]):  # noqa: N801
+    """Collects what the block does to the pools into one ``RequestRecord``."""
+
+    def __init__(self) -> None:
+        super().__init__(_record)
+
+    def _value(self) -> RequestRecord:
+        return RequestRecord()
+
+    def _again(self) -> recording:
+        return recording()

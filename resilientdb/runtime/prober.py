@@ -1,0 +1,98 @@
+"""Asks one node, again and again, whether it lives: the breaker's eyes while nobody else may look.
+
+Only silence needs it (a dead server refuses at once) and only it heals a circuit without making some user's
+request the guinea pig. It has a connection of its own, so a full pool does not blind it; a thread of its own, so
+a blocked event loop does not either; and it asks only while the engine is used, so an idle service costs the
+database nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+from resilientdb.runtime.clock import Clock, monotonic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Probe", "Prober"]
+
+logger = logging.getLogger("resilientdb")
+
+
+class Probe(Protocol):
+    """One node's examination. All calls come from the prober's thread, one at a time."""
+
+    def examine(self) -> bool:
+        """Ask once, within a bounded time, and tell the node what was seen. False: nobody needs it now."""
+
+    def close(self) -> None:
+        """Give up the probe's connection; the next ``examine`` opens another."""
+
+
+class Prober:
+    """One daemon thread a node. ``start`` and ``stop`` may be called from any thread, any number of times."""
+
+    def __init__(
+        self, name: str, interval: float, make_probe: Callable[[], Probe], *, clock: Clock = monotonic
+    ) -> None:
+        self._name = name
+        self._interval = interval
+        self._make_probe = make_probe
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None
+
+    def start(self) -> None:
+        if self._thread is not None:
+            return
+        with self._lock:
+            if self._thread is None:
+                self._wake = threading.Event()
+                self._thread = threading.Thread(
+                    target=self._run, args=(self._wake,), name=f"resilientdb-prober {self._name}", daemon=True
+                )
+                self._thread.start()
+
+    def hurry(self) -> None:
+        """Examine now: a caller has seen something."""
+        self._wake.set()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Ask the thread to end; its connection is closed by it. Waits up to ``timeout`` seconds, if given."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        self._wake.set()
+        if thread is not None and timeout is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def after_fork(self) -> None:
+        """In the child: the thread did not come along."""
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._thread = None
+
+    def _run(self, wake: threading.Event) -> None:
+        me = threading.current_thread()
+        probe = self._make_probe()
+        try:
+            while self._thread is me:
+                wake.clear()
+                began = self._clock()
+                try:
+                    if not probe.examine():
+                        probe.close()
+                except Exception:
+                    logger.exception("probing %s failed in an unforeseen way", self._name)
+                    probe.close()
+                if self._thread is me:
+                    wake.wait(max(0.0, self._interval - (self._clock() - began)))
+        finally:
+            probe.close()

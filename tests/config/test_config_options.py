@@ -1,0 +1,220 @@
+"""Building options in code: mistakes, contradictions, and what an instance remembers of who gave what."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from dataclasses import FrozenInstanceError, asdict, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import pybreaker
+import pytest
+
+import resilientdb.config as rc
+from resilientdb.config import (
+    Backoff,
+    BreakerPolicy,
+    Lifecycle,
+    Resilience,
+    RetryBudget,
+    RetryPolicy,
+    Routing,
+    SaturationQueue,
+)
+from resilientdb.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from resilientdb.config.base import Options
+
+TABLES: tuple[type[Options], ...] = (
+    SaturationQueue,
+    Backoff,
+    RetryBudget,
+    RetryPolicy,
+    BreakerPolicy,
+    Routing,
+    Lifecycle,
+    Resilience,
+)
+
+
+def memory_storage(_node: str) -> pybreaker.CircuitBreakerStorage:
+    return pybreaker.CircuitMemoryStorage(pybreaker.STATE_CLOSED)
+
+
+def test_public_names() -> None:
+    assert {table.__name__ for table in TABLES} | {"resolve", "Resolved"} <= set(rc.__all__)
+    assert all(hasattr(rc, name) for name in rc.__all__)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_positional_arguments(table: Callable[..., Options]) -> None:
+    with pytest.raises(ConfigurationError, match="takes keyword arguments only") as caught:
+        table("postgresql://app:hunter2@db/x")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "key", "hint"),
+    [
+        (SaturationQueue, "max_wating", "queue.max_wating", "queue.max_waiting (an int, 0 or more, or None)"),
+        (SaturationQueue, "timout", "queue.timout", "queue.timeout (seconds from 0 to 1000000, or None)"),
+        (
+            Backoff,
+            "maximun",
+            "retry.backoff.maximun",
+            "retry.backoff.maximum (seconds above 0, at most 1000000)",
+        ),
+        (RetryBudget, "ration", "retry.budget.ration", "retry.budget.ratio (a number from 0 to 1)"),
+        (RetryPolicy, "initial", "retry.initial", "retry.backoff.initial"),
+        (RetryPolicy, "attempt", "retry.attempt", "retry.attempts (an int, 1 or more)"),
+        (BreakerPolicy, "reset_timout", "breaker.reset_timout", "breaker.reset_timeout"),
+        (Routing, "fallback", "routing.fallback", "routing.fallback_to_primary (a bool (true or false))"),
+        (Lifecycle, "connect_time", "lifecycle.connect_time", "lifecycle.connect_timeout"),
+        (Resilience, "max_waiting", "max_waiting", "queue.max_waiting"),
+        (Resilience, "retries", "retries", "retry (RetryPolicy(...))"),
+    ],
+)
+def test_an_unknown_keyword_names_the_nearest(
+    table: Callable[..., Options], name: str, key: str, hint: str
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        table(**{name: 3})
+    assert str(caught.value).startswith(f"{key} is not an option (got 3); did you mean {hint}")
+    assert (caught.value.key, caught.value.value) == (key, 3)
+
+
+def test_an_unknown_keyword_near_to_nothing_lists_what_there_is() -> None:
+    with pytest.raises(ConfigurationError, match=r"valid: queue\.max_waiting, queue\.timeout$"):
+        cast("Any", SaturationQueue)(zzz=1)
+
+
+def test_mypy_sees_the_signature() -> None:
+    """mypy warns of an ignore it does not need, so these prove that it checks calls and values."""
+    with pytest.raises(ConfigurationError):
+        SaturationQueue(max_wating=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigurationError):
+        SaturationQueue(3)  # type: ignore[arg-type, call-arg]
+    with pytest.raises(ConfigurationError):
+        SaturationQueue(timeout="5")  # type: ignore[arg-type]
+    with pytest.raises(FrozenInstanceError):
+        SaturationQueue().timeout = 3.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("table", ["queue", "retry", "breaker", "routing", "lifecycle"])
+def test_a_table_of_the_wrong_type(table: str) -> None:
+    for value in (None, {"timeout": 1}, 3, Backoff()):
+        with pytest.raises(ConfigurationError, match=rf"^{table} must be \w+\(\.\.\.\); got"):
+            cast("Any", Resilience)(**{table: value})
+
+
+def test_a_longest_pause_shorter_than_the_first_is_a_contradiction() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"retry\.backoff\.maximum must be at least retry\.backoff\.initial"
+    ):
+        Backoff(initial=3)
+    with pytest.raises(ConfigurationError) as caught:
+        replace(Backoff(), maximum=0.01)
+    assert (caught.value.key, caught.value.value) == ("retry.backoff.maximum", 0.01)
+    assert Backoff(initial=3, maximum=3).maximum == 3
+
+
+def test_retries_that_can_never_be_made_are_a_contradiction() -> None:
+    pauses = Backoff(initial=1, jitter="none")
+    with pytest.raises(ConfigurationError, match=r"retry\.timeout must be more than retry\.backoff\.initial"):
+        RetryPolicy(timeout=1, backoff=pauses)
+    assert RetryPolicy(timeout=1, backoff=pauses, attempts=1).attempts == 1
+    assert RetryPolicy(timeout=None, backoff=pauses).timeout is None
+    assert RetryPolicy(timeout=0.5, backoff=Backoff(initial=1)).timeout == 0.5, "jitter may draw a short one"
+
+
+def test_repr_shows_only_what_differs() -> None:
+    assert repr(Resilience()) == "Resilience()"
+    policy = Resilience(queue=SaturationQueue(max_waiting=10, timeout=5.0), deadline=2)
+    assert repr(policy) == "Resilience(queue=SaturationQueue(max_waiting=10), deadline=2.0)"
+
+
+def test_repr_shows_objects_by_name() -> None:
+    secret = functools.partial(memory_storage, "redis://:hunter2@cache")
+    policy = BreakerPolicy(storage=secret, listeners=(pybreaker.CircuitBreakerListener(),))
+    assert repr(policy) == "BreakerPolicy(listeners=<CircuitBreakerListener>, storage=<partial>)"
+    assert repr(BreakerPolicy(storage=memory_storage)) == "BreakerPolicy(storage=<memory_storage>)"
+
+
+def test_equality_and_hash_go_by_value() -> None:
+    assert SaturationQueue(max_waiting=50) == SaturationQueue()
+    assert hash(SaturationQueue(max_waiting=50)) == hash(SaturationQueue())
+    assert Resilience(queue=SaturationQueue(max_waiting=1)) != Resilience()
+    assert hash(Resilience(deadline=1)) == hash(Resilience(deadline=1.0))
+
+    class Unhashable(pybreaker.CircuitBreakerListener):
+        __hash__ = None  # type: ignore[assignment]
+
+    hash(Resilience(breaker=BreakerPolicy(listeners=(Unhashable(),))))
+
+
+def test_only_named_fields_are_given() -> None:
+    assert Resilience().given() == {}
+    assert Resilience(queue=SaturationQueue(), retry=RetryPolicy()).given() == {}
+    assert Resilience(queue=SaturationQueue(max_waiting=50)).given() == {"queue.max_waiting": 50}
+    policy = Resilience(retry=RetryPolicy(backoff=Backoff(jitter="none")), enabled=True)
+    assert policy.given() == {"retry.backoff.jitter": "none", "enabled": True}
+
+
+def test_replace_adds_to_what_was_given() -> None:
+    queue = SaturationQueue(max_waiting=10)
+    assert replace(queue).given() == {"max_waiting": 10}
+    assert replace(queue, max_waiting=11).given() == {"max_waiting": 11}
+    assert replace(queue, timeout=1.0).given() == {"max_waiting": 10, "timeout": 1.0}
+    assert replace(replace(queue, timeout=1.0)).given() == {"max_waiting": 10, "timeout": 1.0}
+    assert replace(queue, timeout=float("5")).given() == {"max_waiting": 10, "timeout": 5.0}
+    policy = replace(Resilience(queue=queue), deadline=3)
+    assert policy.given() == {"queue.max_waiting": 10, "deadline": 3.0}
+    with pytest.raises(ConfigurationError, match=r"queue\.timeout must be"):
+        replace(queue, timeout=-1)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Resilience(),
+        Resilience(queue=SaturationQueue(max_waiting=50)),
+        Resilience.profile("web"),
+        replace(Resilience.profile("batch"), deadline=3, queue=SaturationQueue(timeout=None)),
+        Resilience(breaker=BreakerPolicy(storage=memory_storage)),
+    ],
+)
+@pytest.mark.parametrize("again", [lambda p: pickle.loads(pickle.dumps(p)), copy.copy, copy.deepcopy])
+def test_copies_remember_what_was_given(
+    policy: Resilience, again: Callable[[Resilience], Resilience]
+) -> None:
+    twin = again(policy)
+    assert twin == policy
+    assert hash(twin) == hash(policy)
+    assert twin.given() == policy.given()
+    changed = replace(policy, deadline=7)
+    assert replace(twin, deadline=7) == changed
+    assert replace(twin, deadline=7).given() == changed.given()
+
+
+def test_asdict_holds_options_only() -> None:
+    assert asdict(SaturationQueue()) == {"max_waiting": 50, "timeout": 5.0}
+    assert set(asdict(Resilience())) == {
+        "queue",
+        "retry",
+        "breaker",
+        "routing",
+        "lifecycle",
+        "deadline",
+        "enabled",
+    }
+
+
+def test_a_subclass_may_add_nothing_and_still_works() -> None:
+    class Mine(SaturationQueue):
+        pass
+
+    assert Resilience(queue=Mine(max_waiting=3)).given() == {"queue.max_waiting": 3}
