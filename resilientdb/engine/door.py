@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.pool import Pool
@@ -181,6 +182,10 @@ class Door(Pool):
 
     def after_fork(self) -> None:
         """In the child: the connections are the parent's."""
+
+    def distrust(self) -> None:
+        """The node was dead or silent: connections opened before are not to be believed any more."""
+        self._invalidate_time = time.time()  # SQLAlchemy's own mark, compared with its records' wall-clock start
 
     def dismiss_waiting(self, refusal: Callable[[], ResilienceError]) -> None:
         """Send everybody in line away with an error; nobody waits at a pool without a queue."""

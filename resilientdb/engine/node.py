@@ -123,4 +123,5 @@ class Node:
         if transition.new == OPEN:
             self.suspect()
             if self.pool is not None:
+                self.pool.distrust()
                 self.pool.dismiss_waiting(self.breaker.refusal)

@@ -14,7 +14,6 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Engine
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from resilientdb.engine import retrying
 from resilientdb.engine.control import cluster_of
@@ -49,7 +48,7 @@ def run_transaction(
         raise ConfigurationError(
             "run_transaction got an async function: use run_transaction_async", key="function"
         )
-    if isinstance(target, AsyncEngine):
+    if _is_async_engine(target):
         raise ConfigurationError("run_transaction got an AsyncEngine: use run_transaction_async", key="target")
     cluster = _cluster_behind(target)
 
@@ -89,8 +88,13 @@ async def run_transaction_async(
         return await retrying.async_loop(attempt, first, cluster.resilience.retry, **_rules(cluster))
 
 
+def _is_async_engine(target: Any) -> bool:
+    # By its shape: importing SQLAlchemy's asyncio extension brings the whole ORM along.
+    return isinstance(getattr(target, "sync_engine", None), Engine)
+
+
 def _cluster_behind(target: Any) -> Cluster:
-    if isinstance(target, Engine | AsyncEngine):
+    if isinstance(target, Engine) or _is_async_engine(target):
         return cluster_of(target)
     bind = getattr(target, "kw", {}).get("bind")
     if bind is None:

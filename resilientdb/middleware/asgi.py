@@ -146,6 +146,6 @@ def _timed(message: Message, work: Work) -> Message:
 
 
 async def _respond(problem: Problem, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
-    close = problem.reason == "draining" and scope.get("http_version", "1.1").startswith("1")
-    answer = problem.answer(method=request.method, accept=request.header("accept"), close=close)
+    may_close = scope.get("http_version", "1.1").startswith("1")
+    answer = problem.answer(method=request.method, accept=request.header("accept"), may_close=may_close)
     await Response(answer.body, answer.status, dict(answer.headers))(scope, receive, send)

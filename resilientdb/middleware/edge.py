@@ -1,7 +1,7 @@
 """The decisions that the ASGI and the WSGI middleware share: which engines stand behind an application, on
 what terms a request may use them, and whether it is refused on arrival.
 
-An ``Edge`` is built once, holds no request's state and reads snapshots only: no I/O, no lock held.
+An ``Edge`` is built once, holds no request's state and reads snapshots only: no I/O.
 """
 
 from __future__ import annotations

@@ -68,12 +68,13 @@ class Problem:
     """Whole seconds, jittered already; None = do not say when."""
     detail: str
 
-    def answer(self, *, method: str = "GET", accept: str = "", close: bool = False) -> Answer:
+    def answer(self, *, method: str = "GET", accept: str = "", may_close: bool = False) -> Answer:
         """The response to a request with this method and ``Accept`` header.
 
         HTML only for a client that prefers it over JSON (browsers do), else ``application/problem+json``.
-        HEAD gets the headers of the answer to GET and no body. ``close`` asks for the connection to be closed
-        (HTTP/1 only: the header is forbidden in HTTP/2 and to WSGI applications).
+        HEAD gets the headers of the answer to GET and no body. ``may_close``: the protocol allows a
+        ``Connection`` header (HTTP/1 does, HTTP/2 and WSGI forbid it), so a draining process can ask its
+        clients to open their next connection elsewhere.
         """
         if _prefers_html(accept):
             media_type, body = "text/html; charset=utf-8", self._html()
@@ -87,7 +88,7 @@ class Problem:
         ]
         if self.retry_after is not None:
             headers.append(("Retry-After", str(self.retry_after)))
-        if close:
+        if may_close and self.reason == _DRAINING.reason:
             headers.append(("Connection", "close"))
         return Answer(self.status, headers, b"" if method == "HEAD" else body)
 

@@ -61,7 +61,11 @@ def handlers(
         # A WebSocket cannot be answered 503: Starlette calls handlers for it, but sends no response.
         if not isinstance(connection, Request) or (problem := edge.problem(error)) is None:
             return await _next_handler(connection, error, handler)
-        answer = problem.answer(method=connection.method, accept=connection.headers.get("accept", ""))
+        answer = problem.answer(
+            method=connection.method,
+            accept=connection.headers.get("accept", ""),
+            may_close=connection.scope.get("http_version", "1.1").startswith("1"),
+        )
         return Response(answer.body, answer.status, dict(answer.headers))
 
     return dict.fromkeys(HANDLED, handler)

@@ -141,8 +141,8 @@ _SQLSTATE_CLASSES: Final = {
     "58": OVERLOAD,  # system error; PgDog's 58000 for every failure of its pool
     "F0": CONFIGURATION,
 }
-_CODES_EXPLAINED_BY_TEXT: Final = frozenset({"08P01", "08006", "58000", "XX000"})
-"""Codes that poolers put on different events; where the text is known, it decides."""
+_POOLER_CODES: Final = frozenset({"08P01", "08006", "58000", "XX000"})
+"""Codes that poolers put on different events: a known text decides, and a COMMIT is never settled by one."""
 
 _REFUSED_AT_COMMIT: Final = frozenset({"53100", "53200", "55P03", 1205})
 """Said only by the server itself, and only while it can still roll back: a definite no. Not so ``57014``: a
@@ -280,7 +280,19 @@ _SHIFTS: Final[dict[Phase, dict[Fault, Fault]]] = {
 _POSTGRESQL: Final = frozenset({"psycopg", "psycopg2", "asyncpg"})
 _MYSQL: Final = frozenset({"pymysql", "aiomysql", "asyncmy", "MySQLdb", "mysql", "mariadb"})
 _SQLITE: Final = frozenset({"sqlite3", "aiosqlite", "pysqlite3"})
+_DBAPI_NAMES: Final = frozenset(
+    """InterfaceError DataError OperationalError IntegrityError InternalError ProgrammingError
+    NotSupportedError DatabaseError Error""".split()
+)
 _SQLSTATE: Final = re.compile(r"[0-9A-Z]{5}")
+_PLACE: Final = re.compile(
+    r"""server\ at\ "([\w.:%/-]+)"(?:\ \([^)]*\))?,\ port\ (\d+)  # libpq
+      | connect\ call\ failed\ \('([\w.:%-]+)',\ (\d+)               # asyncio
+      | (?:host|host\ name|server\ on)\ ["']([\w.:%-]+)["']           # resolver, MySQL
+    """,
+    re.VERBOSE,
+)
+"""Where a message says which server it is about; only names and numbers can match, never a DSN."""
 _MAX_LINKS: Final = 16
 _MAX_TEXT: Final = 600
 
@@ -393,9 +405,10 @@ def _judge(link: BaseException) -> _Verdict | None:
 
 
 def _judge_sqlstate(code: str, link: BaseException) -> _Verdict:
-    if code in _CODES_EXPLAINED_BY_TEXT and (phrase := _phrase(_text(link))):
-        return _Verdict(phrase[1])
     fault = _SQLSTATES.get(code) or _SQLSTATE_CLASSES.get(code[:2], APPLICATION)
+    if code in _POOLER_CODES:
+        phrase = _phrase(_text(link))
+        return _Verdict(phrase[1] if phrase else fault, at_commit=IN_DOUBT)
     return _Verdict(fault, at_commit=fault if code in _REFUSED_AT_COMMIT else None)
 
 
@@ -411,7 +424,7 @@ def _judge_mysql(number: int, link: BaseException) -> _Verdict:
 def _judge_os(link: BaseException) -> _Verdict:
     number = _number(link)
     if number in _LOCAL_ERRNOS:
-        return _Verdict(LOCAL)
+        return _Verdict(LOCAL, at_commit=IN_DOUBT)
     if number in _LOST_ERRNOS:
         return _Verdict(LOST)
     phrase = _phrase(_text(link))
@@ -490,10 +503,7 @@ def _kind(cls: type[BaseException]) -> _Kind:
     family = "os" if issubclass(cls, OSError) else "other"
     for module, name in names:
         root = module.partition(".")[0]
-        if root in _POSTGRESQL or module in {
-            "sqlalchemy.dialects.postgresql.asyncpg",
-            "sqlalchemy.dialects.postgresql.psycopg",
-        }:
+        if root in _POSTGRESQL or module.startswith("sqlalchemy.dialects.postgresql"):
             family = "postgresql"
         elif root in _MYSQL or module.startswith("sqlalchemy.dialects.mysql"):
             family = "mysql"
@@ -505,21 +515,6 @@ def _kind(cls: type[BaseException]) -> _Kind:
             family = "driver"
     name = next((name for _, name in names if name in _DBAPI_NAMES), cls.__name__)
     return _Kind(family, name)
-
-
-_DBAPI_NAMES: Final = frozenset(
-    {
-        "InterfaceError",
-        "DataError",
-        "OperationalError",
-        "IntegrityError",
-        "InternalError",
-        "ProgrammingError",
-        "NotSupportedError",
-        "DatabaseError",
-        "Error",
-    }
-)
 
 
 def _attribute(thing: object, name: str) -> Any:
@@ -556,15 +551,6 @@ def _number(link: BaseException) -> int | None:
     if number is None and isinstance(arguments, tuple) and arguments:
         number = arguments[0]
     return number if isinstance(number, int) else None
-
-
-_PLACE: Final = re.compile(
-    r"""server\ at\ "([\w.:%/-]+)"(?:\ \([^)]*\))?,\ port\ (\d+)  # libpq
-      | connect\ call\ failed\ \('([\w.:%-]+)',\ (\d+)          # asyncio
-      | (?:host|host\ name|server\ on)\ ["']([\w.:%-]+)["']      # resolver, MySQL
-    """,
-    re.VERBOSE,
-)
 
 
 def _one_line(text: str) -> str:

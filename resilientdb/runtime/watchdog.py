@@ -34,7 +34,7 @@ class Watch:
     and will not be touched.
     """
 
-    __slots__ = ("_fd", "_guard", "at", "fired", "still_wanted")
+    __slots__ = ("__weakref__", "_fd", "_guard", "at", "fired", "still_wanted")
 
     def __init__(self, fd: int, still_wanted: Callable[[], bool] | None = None) -> None:
         self._guard = threading.Lock()

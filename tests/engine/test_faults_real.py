@@ -89,6 +89,10 @@ class Clients:
     def url(self, **parts: Any) -> str:
         return self.postgres.url(self.driver, **parts)
 
+    def close(self) -> None:
+        while self.made:
+            self.made.pop().close()
+
     def through(self, proxy: Proxy) -> str:
         return self.url(port=proxy.listen_port)
 
@@ -97,24 +101,25 @@ class Clients:
 def clients(request: pytest.FixtureRequest, resilientdb_postgres: Postgres) -> Iterator[Clients]:
     made = Clients(resilientdb_postgres, request.param)
     yield made
-    for client in made.made:
-        client.close()
+    made.close()
 
 
 @pytest.fixture
-def table(resilientdb_postgres: Postgres) -> Iterator[str]:
+def table(clients: Clients, resilientdb_postgres: Postgres) -> Iterator[str]:
     name = f"t_{uuid.uuid4().hex[:12]}"
     resilientdb_postgres.query(f"CREATE TABLE {name} (k int PRIMARY KEY, n int NOT NULL DEFAULT 0)")
     resilientdb_postgres.query(f"INSERT INTO {name} VALUES (1, 0), (2, 0)")
     yield name
+    clients.close()  # their locks would keep it
     resilientdb_postgres.query(f"DROP TABLE {name}")
 
 
 @pytest.fixture
-def role(resilientdb_postgres: Postgres) -> Iterator[str]:
+def role(clients: Clients, resilientdb_postgres: Postgres) -> Iterator[str]:
     name = f"r_{uuid.uuid4().hex[:12]}"
     resilientdb_postgres.query(f"CREATE ROLE {name} LOGIN PASSWORD 'hunter2'")
     yield name
+    clients.close()
     resilientdb_postgres.query(f"DROP ROLE {name}")
 
 

@@ -1,5 +1,5 @@
 """Engines that report any state asked for, so that the web edge can be tested in states that a single SQLite
-database never has. What can be shown with real engines is, in ``test_real_engines.py``."""
+database never has. The frameworks are tested over real engines, in ``test_starlette`` and ``test_flask``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy
 
-from resilientdb.middleware import edge
+from resilientdb.engine.control import control
 from resilientdb.stats import EngineState, Snapshot
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ class PretendControl:
 def engine_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., sqlalchemy.Engine]]:
     """``engine_in(state, retry_after=..., deadline=..., is_async=...)``: an engine in that state for ever."""
     controls: dict[Any, PretendControl] = {}
-    genuine = edge.control
 
     def engine_in(
         state: EngineState = "healthy",
@@ -54,7 +53,9 @@ def engine_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., sqlalch
         controls[engine] = PretendControl(state, retry_after, PretendResilience(deadline), is_async)
         return engine
 
-    monkeypatch.setattr(edge, "control", lambda engine: controls.get(engine) or genuine(engine))
+    monkeypatch.setattr(
+        "resilientdb.middleware.edge.control", lambda engine: controls.get(engine) or control(engine)
+    )
     yield engine_in
     for engine in controls:
         engine.dispose()

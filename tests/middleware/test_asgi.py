@@ -66,7 +66,7 @@ class Seen:
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         self.calls += 1
         limit = current_deadline()
-        self.seconds = limit and limit.seconds
+        self.seconds = None if limit is None else limit.seconds
         self.read_only, self.criticality, self.scope = is_read_only(), current_criticality(), scope
         if scope["type"] == "http":
             await send({"type": "http.response.start", "status": 204, "headers": []})

@@ -170,7 +170,7 @@ def busy_now(engine: sqlalchemy.Engine) -> bool:
 
 def test_teardown_functions_run_after_a_503(app: flask.Flask, engine: sqlalchemy.Engine) -> None:
     torn_down: list[object] = []
-    app.teardown_request(lambda error: torn_down.append(error))
+    app.teardown_request(torn_down.append)
     install(app, engine)
     assert busy(app, engine).status_code == 503
     assert torn_down == [None]

@@ -136,16 +136,22 @@ def test_a_write_sent_to_a_replica_on_purpose_is_its_own_mistake_while_there_is_
     assert problem_of(error, snapshot(state="read_only"), read_only=True).reason == "no-primary"
 
 
-def test_a_builtin_error_that_asyncpg_lets_out_while_connecting_is_ours() -> None:
-    async def connect() -> None:
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_builtin_error_that_asyncpg_lets_out_while_connecting_is_ours(silent: bool) -> None:
+    async def connect(port: int) -> None:
         engine = sqlalchemy.ext.asyncio.create_async_engine(
-            f"postgresql+asyncpg://user:secret@127.0.0.1:{CLOSED_PORT}/db"
+            f"postgresql+asyncpg://user:secret@127.0.0.1:{port}/db", connect_args={"timeout": 0.1}
         )
         async with engine.connect():
             pass
 
-    with pytest.raises(ConnectionRefusedError) as caught:
-        asyncio.run(connect())
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if silent:  # accepts, and never says a word
+            listener.listen()
+        with pytest.raises((ConnectionRefusedError, TimeoutError)) as caught:
+            asyncio.run(connect(listener.getsockname()[1]))
+    assert caught.type is (TimeoutError if silent else ConnectionRefusedError)
     assert problem_of(caught.value).reason == "cannot-connect"
 
 
@@ -287,6 +293,12 @@ def test_head_gets_the_headers_of_get_and_no_body(accept: str) -> None:
     get, head = problem.answer(accept=accept), problem.answer(method="HEAD", accept=accept)
     assert head.headers == get.headers
     assert (head.body, bool(get.body)) == (b"", True)
+
+
+def test_only_a_draining_process_sends_its_clients_elsewhere() -> None:
+    for error, expected in ((errors.PoolDraining("x"), True), (errors.PoolSaturated("x"), False)):
+        assert ("Connection", "close") not in problem_of(error).answer().headers
+        assert (("Connection", "close") in problem_of(error).answer(may_close=True).headers) is expected
 
 
 @given(secret=st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=12))

@@ -160,15 +160,15 @@ def test_head_gets_no_body(engine_in: EngineIn) -> None:
     assert reply.headers["Content-Length"] == Reply(app).headers["Content-Length"]
 
 
+def first_query() -> bytes:
+    raise PoolTimeout("x")
+
+
 def test_an_error_before_the_first_byte_still_becomes_a_problem(engine_in: EngineIn) -> None:
     def app(_environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         start_response(OK, list(PLAIN))
 
-        def chunks() -> Iterator[bytes]:
-            raise PoolTimeout("the first query of a stream")
-            yield b""
-
-        return chunks()
+        return (query() for query in [first_query])
 
     reply = Reply(checked(app, engine=engine_in()))
     assert reply.status == "503 Service Unavailable"
@@ -258,9 +258,13 @@ def test_cleaning_up_has_no_deadline(engine_in: EngineIn) -> None:
 def test_the_response_is_neither_measured_nor_read_ahead(engine_in: EngineIn) -> None:
     produced: list[int] = []
 
+    def produce(number: int) -> bytes:
+        produced.append(number)
+        return b"x"
+
     def app(_environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         start_response(OK, list(PLAIN))
-        return (produced.append(number) or b"x" for number in range(9))  # type: ignore[func-returns-value]
+        return map(produce, range(9))
 
     response = ResilienceMiddleware(app, engine=engine_in())(
         {"REQUEST_METHOD": "GET"}, lambda *_: lambda _data: None

@@ -79,7 +79,7 @@ SQLSTATES = [
     ("57P03", UNREACHABLE, UNREACHABLE, Fault.IN_DOUBT),
     ("57P05", LOST, UNREACHABLE, Fault.IN_DOUBT),
     ("58000", Fault.OVERLOAD, Fault.OVERLOAD, Fault.IN_DOUBT),
-    ("XX000", Fault.APPLICATION, Fault.CONFIGURATION, Fault.APPLICATION),
+    ("XX000", Fault.APPLICATION, Fault.CONFIGURATION, Fault.IN_DOUBT),
 ]
 
 
@@ -246,7 +246,7 @@ def test_sqlite_busy_at_commit_has_not_committed() -> None:
         ),
         (OSError(errno.EHOSTUNREACH, "no route"), UNREACHABLE, LOST, Fault.IN_DOUBT),
         (FileNotFoundError(2, "no socket"), UNREACHABLE, Fault.APPLICATION, Fault.IN_DOUBT),
-        (OSError(errno.EMFILE, "files"), Fault.LOCAL_REJECTION, Fault.LOCAL_REJECTION, Fault.LOCAL_REJECTION),
+        (OSError(errno.EMFILE, "files"), Fault.LOCAL_REJECTION, Fault.LOCAL_REJECTION, Fault.IN_DOUBT),
         (ssl.SSLCertVerificationError("x"), *[Fault.CONFIGURATION] * 3),
         (ssl.SSLError("x"), UNREACHABLE, LOST, Fault.IN_DOUBT),
         (asyncio.CancelledError(), Fault.CANCELLED, Fault.CANCELLED, Fault.IN_DOUBT),
