@@ -7,8 +7,10 @@ thread that caused the event; an exception in one is logged and reaches nobody.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from resilientdb.stats import Role
+if TYPE_CHECKING:
+    from resilientdb.stats import Role
 
 __all__ = [
     "AcquisitionRetried",

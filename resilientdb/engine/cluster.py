@@ -5,6 +5,7 @@ A cluster of one is the common case. It outlives the pools: ``Engine.dispose()``
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import threading
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine.interfaces import Dialect
 
-    from resilientdb.stats import Role
+    from resilientdb.stats import EngineState, Role
 
 __all__ = ["Cluster"]
 
@@ -105,9 +106,7 @@ class Cluster:
             before = self.primary
             self.primary = after = next_primary(node, old, before)
         if before is not after:
-            self.emit(
-                PrimaryChanged(old=before.name if before else None, new=after.name if after else None)
-            )
+            self.emit(PrimaryChanged(old=before.name if before else None, new=after.name if after else None))
 
     # -- retries -------------------------------------------------------------------------------------------
 
@@ -123,9 +122,7 @@ class Cluster:
         self, attempt: Callable[[], T], first: Exception, pause: Callable[[float], None], node: str
     ) -> T:
         def announce(number: int, delay: float, error: BaseException) -> None:
-            self.emit(
-                AcquisitionRetried(node=node, attempt=number, delay=delay, error=describe(error))
-            )
+            self.emit(AcquisitionRetried(node=node, attempt=number, delay=delay, error=describe(error)))
 
         return retrying.loop(
             attempt,
@@ -166,17 +163,18 @@ class Cluster:
 
     def emit(self, event: Event) -> None:
         for listener in tuple(self._listeners):
-            self._emitter.post(lambda listener=listener: listener(event))  # type: ignore[misc]
+            self._emitter.post(functools.partial(listener, event))
         self._emitter.deliver()
+
+    def state(self) -> EngineState:
+        primary = self.primary
+        saturated = primary is not None and primary.pool is not None and primary.pool.saturated
+        return engine_state(self.nodes, primary, saturated=saturated)
 
     def snapshot(self) -> Snapshot:
         stats = tuple(node.stats() for node in self.nodes)
         primary = self.primary
-        pool = primary.pool.stats() if primary is not None and primary.pool is not None else None
-        saturated = (
-            pool is not None and pool.max_waiting is not None and 0 < pool.max_waiting <= 2 * pool.waiting
-        )
-        state = engine_state(self.nodes, primary, saturated=saturated)
+        state = self.state()
         now = monotonic()
         with self._lock:
             left, retries = self._budget.left(now, self._rate()), self._retries

@@ -13,7 +13,14 @@ from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["ConnectionRecord", "await_only", "checkout", "greenlet_spawn", "record_of", "record_of_connection"]
+__all__ = [
+    "ConnectionRecord",
+    "await_only",
+    "checkout",
+    "greenlet_spawn",
+    "record_of",
+    "record_of_connection",
+]
 
 ConnectionRecord = _ConnectionRecord
 
@@ -21,11 +28,11 @@ checkout = _ConnectionFairy._checkout  # noqa: SLF001
 """All that ``Pool.connect`` does."""
 
 
-def record_of(checked_out: Any) -> Any | None:
+def record_of(checked_out: Any) -> Any:
     """The pool's record behind what ``pool.connect()`` returned; None once detached or given back."""
     return getattr(checked_out, "_connection_record", None)
 
 
-def record_of_connection(connection: Connection | None) -> Any | None:
+def record_of_connection(connection: Connection | None) -> Any:
     """The pool's record behind an open ``Connection``; None once invalidated or closed."""
     return record_of(getattr(connection, "_dbapi_connection", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from resilientdb.engine.cluster import Cluster
     from resilientdb.events import Event
     from resilientdb.runtime.breaker import CircuitBreaker
-    from resilientdb.stats import Snapshot
+    from resilientdb.stats import EngineState, Snapshot
 
 __all__ = ["Control", "cluster_of", "control"]
 
@@ -33,6 +34,8 @@ def cluster_of(engine: Engine | AsyncEngine) -> Cluster:
     """What stands behind a guarded engine; ``ConfigurationError`` for any other."""
     plain: Any = getattr(engine, "sync_engine", engine)
     pool = getattr(plain, "pool", None)
+    if isinstance(plain, Engine) and plain in _disabled:
+        return _disabled[plain]
     if not isinstance(plain, Engine) or not isinstance(pool, Door):
         raise ConfigurationError(
             f"{type(engine).__name__} {getattr(plain, 'url', '')!r} was not made by resilientdb: create it with "
@@ -40,6 +43,14 @@ def cluster_of(engine: Engine | AsyncEngine) -> Cluster:
             key="engine",
         )
     return pool.cluster
+
+
+_disabled: weakref.WeakKeyDictionary[Engine, Cluster] = weakref.WeakKeyDictionary()
+
+
+def remember_disabled(engine: Engine, cluster: Cluster) -> None:
+    """``enabled=False``: an application's middleware and start-up code go on working with the plain engine."""
+    _disabled[engine] = cluster
 
 
 class Control:
@@ -53,6 +64,11 @@ class Control:
     def resilience(self) -> Resilience:
         """The options in force."""
         return self._cluster.resilience
+
+    @property
+    def state(self) -> EngineState:
+        """What the engine can serve now. Cheaper than a snapshot: for every request."""
+        return self._cluster.state()
 
     def snapshot(self) -> Snapshot:
         """The engine as it is now. No I/O."""

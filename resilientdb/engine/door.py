@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.pool import Pool
 
 from resilientdb.engine.cluster import Cluster
-from resilientdb.engine.compat import ConnectionRecord, await_only
+from resilientdb.engine.compat import ConnectionRecord, await_only, record_of
 from resilientdb.policy.faults import Phase, classify
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Door(Pool):
         resilientdb_node: Node | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(creator, *args, **options)  # type: ignore[misc]
+        super().__init__(creator, *args, **options)
         self._options = options
         self.cluster = resilientdb_cluster or Cluster.standalone(self._dialect)
         self.node = resilientdb_node or self.cluster.nodes[0]
@@ -66,7 +66,7 @@ class Door(Pool):
         self._plain_connect = super().connect
         self.node.pool = self
         if self.node.connector is not None:
-            self._invoke_creator = self.node.connector
+            self._invoke_creator = self.node.connector  # type: ignore[assignment]
 
     def connect(self) -> PoolProxiedConnection:
         try:
@@ -88,7 +88,7 @@ class Door(Pool):
         except BaseException as error:
             self._settle(permit, error)
             raise
-        checked_out._connection_record.permit = permit  # type: ignore[attr-defined]  # noqa: SLF001
+        record_of(checked_out).permit = permit
         return checked_out
 
     def _ask(self) -> Permit:
@@ -171,6 +171,11 @@ class Door(Pool):
         return None
 
     @property
+    def saturated(self) -> bool:
+        """Whether at least half of the places to wait are taken."""
+        return False
+
+    @property
     def load(self) -> int:
         """How many callers hold a connection or wait for one."""
         return 0
@@ -185,7 +190,9 @@ class Door(Pool):
 
     def distrust(self) -> None:
         """The node was dead or silent: connections opened before are not to be believed any more."""
-        self._invalidate_time = time.time()  # SQLAlchemy's own mark, compared with its records' wall-clock start
+        self._invalidate_time = (
+            time.time()
+        )  # SQLAlchemy's own mark, compared with its records' wall-clock start
 
     def dismiss_waiting(self, refusal: Callable[[], ResilienceError]) -> None:
         """Send everybody in line away with an error; nobody waits at a pool without a queue."""

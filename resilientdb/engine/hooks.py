@@ -46,8 +46,8 @@ class _Hooks:
         event.listen(engine, "handle_error", self._on_error)
         self._commit = dialect.do_commit
         self._rollback = dialect.do_rollback
-        dialect.do_commit = self._do_commit  # type: ignore[method-assign]
-        dialect.do_rollback = self._do_rollback  # type: ignore[method-assign]
+        dialect.do_commit = self._do_commit  # type: ignore[method-assign, assignment]
+        dialect.do_rollback = self._do_rollback  # type: ignore[method-assign, assignment]
 
     # -- before ----------------------------------------------------------------------------------------------
 

@@ -29,9 +29,7 @@ class Node:
     ``role`` is what the prober last saw, at first what the configuration says. ``pool`` is the pool in use.
     """
 
-    def __init__(
-        self, cluster: Cluster, *, name: str, role: Role, connector: Connector | None
-    ) -> None:
+    def __init__(self, cluster: Cluster, *, name: str, role: Role, connector: Connector | None) -> None:
         self.cluster = cluster
         self.name = name
         self.role: Role = role
@@ -92,7 +90,8 @@ class Node:
         """The prober got an answer that tells the node's role."""
         old, self.role = self.role, role
         if old != role:
-            self.cluster.emit(RoleChanged(node=self.name, old=old, new=role))
+            if old != "unknown":
+                self.cluster.emit(RoleChanged(node=self.name, old=old, new=role))
             self.cluster.role_changed(self, old)
 
     def after_fork(self) -> None:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.engine import CreateEnginePlugin
+from sqlalchemy.exc import ArgumentError
 
 from resilientdb.config import URL_PREFIX, resolve
 from resilientdb.engine import hooks
 from resilientdb.engine.cluster import Cluster
 from resilientdb.engine.connector import Connector, node_name
+from resilientdb.engine.control import remember_disabled
 from resilientdb.engine.drivers import driver_of
 from resilientdb.engine.pool import guarded
 from resilientdb.engine.router import routed
@@ -67,7 +69,7 @@ class ResilientPlugin(CreateEnginePlugin):
     def update_url(self, url: URL) -> URL:
         return url.difference_update_query([key for key in url.query if key.startswith(URL_PREFIX)])
 
-    def handle_dialect_kwargs(self, dialect_cls: type[Dialect], dialect_args: dict[str, Any]) -> None:  # noqa: ARG002
+    def handle_dialect_kwargs(self, dialect_cls: Any, dialect_args: dict[str, Any]) -> None:  # noqa: ARG002
         if not self._resolved.resilience.enabled:
             return
         if self._kwargs.get("pool") is not None:
@@ -84,10 +86,10 @@ class ResilientPlugin(CreateEnginePlugin):
                 key="creator",
             )
         self._connect_args = dict(self._kwargs.get("connect_args") or {})
-        pool_class: type[Pool] = self._kwargs.get("poolclass") or dialect_cls.get_pool_class(self._url)
+        pool_class = self._kwargs.get("poolclass") or dialect_cls.get_pool_class(self._url)
         self._kwargs["poolclass"] = routed(pool_class) if self._replicas else guarded(pool_class)
 
-    def handle_pool_kwargs(self, pool_cls: type[Pool], pool_args: dict[str, Any]) -> None:  # noqa: ARG002
+    def handle_pool_kwargs(self, pool_cls: type[Pool], pool_args: dict[str, Any]) -> None:
         resilience = self._resolved.resilience
         if not resilience.enabled:
             return
@@ -116,6 +118,12 @@ class ResilientPlugin(CreateEnginePlugin):
     def engine_created(self, engine: Engine) -> None:
         if self._cluster is not None:
             hooks.install(engine, self._cluster)
+        else:
+            # Switched off: SQLAlchemy's own engine, which control() still answers for.
+            resilience = self._resolved.resilience
+            remember_disabled(
+                engine, Cluster(resilience, engine.dialect, [(node_name(self._url), "unknown", None)])
+            )
 
 
 def _waits(pool_cls: type[Pool]) -> bool:
@@ -134,19 +142,22 @@ def _replica(primary: URL, replica: str | URL, key: str) -> URL:
     if isinstance(replica, str) and "://" not in replica:
         host, colon, port = replica.rpartition(":")
         if colon and not port.isdigit():
-            raise ConfigurationError(f"{key}: {replica!r} is neither a URL nor host:port", key=key, value=replica)
+            raise ConfigurationError(
+                f"{key}: {replica!r} is neither a URL nor host:port", key=key, value=replica
+            )
         return primary.set(host=host if colon else replica, port=int(port) if colon else None)
     try:
         url = make_url(replica)
-    except Exception as error:
+    except ArgumentError:
+        # Not chained: SQLAlchemy's message quotes the text, and with it the password.
         raise ConfigurationError(
             f"{key} is not a database URL (expected dialect+driver://user@host:port/database, or host:port)",
             key=key,
-        ) from error.with_traceback(None) if not isinstance(replica, str) else None
+        ) from None
     if url.get_backend_name() != primary.get_backend_name():
         raise ConfigurationError(
-            f"{key} is a {url.get_backend_name()} URL, but the primary is {primary.get_backend_name()}: replicas must "
-            "be of the same dialect",
+            f"{key} is a {url.get_backend_name()} URL, but the primary is {primary.get_backend_name()}: "
+            "replicas must be of the same dialect",
             key=key,
             value=url.render_as_string(hide_password=True),
         )

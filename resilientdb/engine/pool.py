@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util.queue import Empty
 
 from resilientdb.engine.compat import await_only, checkout, greenlet_spawn
@@ -41,7 +41,7 @@ __all__ = ["AsyncQueueDoor", "IdleConnections", "QueueDoor", "guarded"]
 class IdleConnections:
     """The connections nobody holds, in the shape in which ``QueuePool`` and its users expect ``pool._pool``."""
 
-    def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:  # noqa: FBT001, FBT002
+    def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
         self.maxsize = maxsize
         self.use_lifo = use_lifo
         self.queue: deque[Any] = deque()
@@ -55,7 +55,7 @@ class IdleConnections:
     def full(self) -> bool:
         return 0 < self.maxsize <= len(self.queue)
 
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:  # noqa: ARG002, FBT001, FBT002
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:  # noqa: ARG002
         try:
             return self.queue.pop() if self.use_lifo else self.queue.popleft()
         except IndexError:
@@ -84,7 +84,7 @@ class QueueDoor(Door, QueuePool):
         pool_size: int = 5,
         max_overflow: int = 10,
         timeout: float | None = 30.0,
-        use_lifo: bool = False,  # noqa: FBT001, FBT002 - QueuePool's own signature
+        use_lifo: bool = False,
         **options: Any,
     ) -> None:
         self._guard = threading.RLock()
@@ -411,6 +411,11 @@ class QueueDoor(Door, QueuePool):
     # -- what can be seen ----------------------------------------------------------------------------------
 
     @property
+    def saturated(self) -> bool:
+        most = self._admission.max_waiting
+        return most is not None and 0 < most <= 2 * self._admission.waiting
+
+    @property
     def load(self) -> int:
         return self.checkedout() + self._admission.waiting
 
@@ -521,7 +526,7 @@ class AsyncQueueDoor(QueueDoor, AsyncAdaptedQueuePool):
 
 
 @functools.cache
-def guarded(pool_class: type[Pool]) -> type[Pool]:
+def guarded(pool_class: Any) -> Any:
     """The class to use for ``pool_class``: itself, behind the door.
 
     SQLAlchemy's two queue pools are replaced by ours; any other class keeps its own way of keeping connections.

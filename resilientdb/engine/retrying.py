@@ -25,9 +25,7 @@ T = TypeVar("T")
 
 def wait_strategy(backoff: Backoff) -> tenacity.wait.wait_base:
     """Exponential backoff; with full jitter, uniform between 0 and the exponential (AWS's "Full Jitter")."""
-    strategy = (
-        tenacity.wait_random_exponential if backoff.jitter == "full" else tenacity.wait_exponential
-    )
+    strategy = tenacity.wait_random_exponential if backoff.jitter == "full" else tenacity.wait_exponential
     return strategy(multiplier=backoff.initial, max=backoff.maximum, exp_base=backoff.multiplier)
 
 
@@ -79,14 +77,20 @@ def _options(
             _stop_without_budget(spend),
         ),
         # Exceptions only, never a cancellation: tenacity hands those to predicates too.
-        "retry": tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and is_retryable(error)),
+        "retry": tenacity.retry_if_exception(
+            lambda error: isinstance(error, Exception) and is_retryable(error)
+        ),
         "before_sleep": before_sleep,
         "reraise": True,
     }
 
 
 def loop(
-    attempt: Callable[[], T], first: Exception, policy: RetryPolicy, pause: Callable[[float], Any], **rules: Any
+    attempt: Callable[[], T],
+    first: Exception,
+    policy: RetryPolicy,
+    pause: Callable[[float], Any],
+    **rules: Any,
 ) -> T:
     """Go on after ``first``, the error of an attempt made already, which counts as one of ``policy.attempts``.
 

@@ -30,7 +30,7 @@ __all__ = ["AsyncQueueRouter", "QueueRouter", "Router", "routed"]
 class Router(Door):
     """In front of several doors. Keeps no connection of its own."""
 
-    door_class: type[Pool]
+    door_class: Any
     """The pool class of each node."""
 
     def __init__(self, creator: Any, *args: Any, **options: Any) -> None:
@@ -61,7 +61,10 @@ class Router(Door):
         return self._doors[last.name].checkout_once()  # type: ignore[no-any-return]
 
     def _invalidate(
-        self, connection: Any, exception: BaseException | None = None, _checkin: bool = True  # noqa: FBT001, FBT002
+        self,
+        connection: Any,
+        exception: BaseException | None = None,
+        _checkin: bool = True,
     ) -> None:
         # The engine asks its pool; the generation to stamp is that of the pool the connection came from.
         door = getattr(connection, "_pool", None)
@@ -108,7 +111,7 @@ class AsyncQueueRouter(QueueRouter, AsyncAdaptedQueuePool):
 
 
 @functools.cache
-def routed(pool_class: type[Pool]) -> type[Pool]:
+def routed(pool_class: Any) -> Any:
     """The class to use for ``pool_class`` when there are several nodes."""
     if issubclass(pool_class, Router):
         return pool_class

@@ -19,7 +19,8 @@ from resilientdb.engine import retrying
 from resilientdb.engine.control import cluster_of
 from resilientdb.errors import ConfigurationError
 from resilientdb.policy.faults import Fault, classify
-from resilientdb.runtime.context import current_deadline, deadline, read_only as read_only_scope
+from resilientdb.runtime.context import current_deadline, deadline
+from resilientdb.runtime.context import read_only as read_only_scope
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -49,7 +50,9 @@ def run_transaction(
             "run_transaction got an async function: use run_transaction_async", key="function"
         )
     if _is_async_engine(target):
-        raise ConfigurationError("run_transaction got an AsyncEngine: use run_transaction_async", key="target")
+        raise ConfigurationError(
+            "run_transaction got an AsyncEngine: use run_transaction_async", key="target"
+        )
     cluster = _cluster_behind(target)
 
     def attempt() -> T:
@@ -60,7 +63,7 @@ def run_transaction(
         try:
             return attempt()
         except Exception as error:
-            if not _may_run_again(error):
+            if not cluster.resilience.enabled or not _may_run_again(error):
                 raise
             first = error
         return retrying.loop(attempt, first, cluster.resilience.retry, time.sleep, **_rules(cluster))
@@ -82,7 +85,7 @@ async def run_transaction_async(
         try:
             return await attempt()
         except Exception as error:
-            if not _may_run_again(error):
+            if not cluster.resilience.enabled or not _may_run_again(error):
                 raise
             first = error
         return await retrying.async_loop(attempt, first, cluster.resilience.retry, **_rules(cluster))

@@ -28,7 +28,7 @@ _REMEDIES = {
 
 def validate(cluster: Cluster, timeout: float) -> None:
     """Ask each node once, on a connection of its own; ``ConfigurationError`` with all that is wrong."""
-    problems = []
+    problems: list[tuple[str, Exception | None]] = []
     for position, node in enumerate(cluster.nodes):
         key = "url" if position == 0 else f"replicas[{position - 1}]"
         try:
@@ -42,11 +42,10 @@ def validate(cluster: Cluster, timeout: float) -> None:
         if role is not None and role != expected and len(cluster.nodes) > 1:
             problems.append((f"{key}: {node.name} is a {role}, not a {expected}; exchange the URLs", None))
     if problems:
-        error = ConfigurationError(
+        raise ConfigurationError(
             "the database configuration does not work: " + "; ".join(text for text, _ in problems),
             key=problems[0][0].partition(":")[0],
-        )
-        raise error from problems[0][1]
+        ) from problems[0][1]
 
 
 def _ask(cluster: Cluster, node: Node, timeout: float) -> Role | None:

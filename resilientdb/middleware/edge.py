@@ -108,8 +108,12 @@ class Work:
         return f"pool;dur={self.record.wait_time * 1000:.1f}, db;dur={self.record.hold_time * 1000:.1f}"
 
     def answered(self) -> None:
-        """Nobody waits for an answer any more: what still runs (background tasks) has no deadline."""
+        """Nobody waits for an answer any more: what still runs (background tasks) has no deadline.
+
+        The deadline itself is moved, because other tasks and threads of the request hold the same one.
+        """
         if self._limit is not None:
+            self._limit.ended = True
             self._limit.expires_at += 86_400.0
             self._limit = None
 

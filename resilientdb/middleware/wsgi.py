@@ -108,6 +108,7 @@ class _Response:
             return [self._fail(error)]
         file_wrapper = environ.get("wsgi.file_wrapper")
         if isinstance(file_wrapper, type) and isinstance(self._result, file_wrapper):
+            self._work.answered()
             return self._result  # the server sends it with sendfile() only if it gets it bare
         return self
 
@@ -161,6 +162,7 @@ class _Response:
         finally:
             exc_info = None  # a cycle otherwise
         self._sent = True
+        self._work.answered()
         return answer.body
 
 

@@ -281,8 +281,17 @@ _POSTGRESQL: Final = frozenset({"psycopg", "psycopg2", "asyncpg"})
 _MYSQL: Final = frozenset({"pymysql", "aiomysql", "asyncmy", "MySQLdb", "mysql", "mariadb"})
 _SQLITE: Final = frozenset({"sqlite3", "aiosqlite", "pysqlite3"})
 _DBAPI_NAMES: Final = frozenset(
-    """InterfaceError DataError OperationalError IntegrityError InternalError ProgrammingError
-    NotSupportedError DatabaseError Error""".split()
+    [
+        "InterfaceError",
+        "DataError",
+        "OperationalError",
+        "IntegrityError",
+        "InternalError",
+        "ProgrammingError",
+        "NotSupportedError",
+        "DatabaseError",
+        "Error",
+    ]
 )
 _SQLSTATE: Final = re.compile(r"[0-9A-Z]{5}")
 _PLACE: Final = re.compile(

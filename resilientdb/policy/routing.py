@@ -21,6 +21,7 @@ class Candidate(Protocol):
     @property
     def available(self) -> bool:
         """Whether its circuit lets calls through."""
+
     @property
     def load(self) -> int:
         """Callers it serves or keeps waiting."""

@@ -21,7 +21,7 @@ __all__ = ["LeftBehind", "run_in_task", "run_in_thread"]
 T = TypeVar("T")
 
 
-class LeftBehind(Exception):  # noqa: N818 - control flow between two rooms, never seen by a user
+class LeftBehind(Exception):
     """The caller's time was over; the work goes on and will be adopted."""
 
 

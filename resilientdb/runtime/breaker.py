@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,7 +32,7 @@ __all__ = ["CircuitBreaker"]
 
 T = TypeVar("T")
 
-_STATES: dict[str, type[pybreaker.CircuitBreakerState]] = {
+_STATES: dict[str, Callable[..., Any]] = {
     CLOSED: pybreaker.CircuitClosedState,
     OPEN: pybreaker.CircuitOpenState,
     HALF_OPEN: pybreaker.CircuitHalfOpenState,
@@ -107,7 +108,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             now = self._absorb()
             self._moved(self._core.record_failure(permit, now, cause))
         for listener in self.listeners:
-            self._emitter.post(lambda listener=listener: listener.failure(self, error))
+            self._emitter.post(functools.partial(listener.failure, self, error))
         self._emitter.deliver()
 
     def release(self, permit: Permit) -> None:
@@ -263,7 +264,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         if self._on_move is not None:
             self._on_move(transition)
         for listener in self.listeners:
-            self._emitter.post(lambda listener=listener: listener.state_change(self, old, new))
+            self._emitter.post(functools.partial(listener.state_change, self, old, new))
 
     def _remember(self, error: BaseException) -> None:
         try:

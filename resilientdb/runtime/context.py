@@ -141,8 +141,9 @@ class deadline(_Scope["Deadline | None"]):  # noqa: N801 - used as a verb: with 
     """
 
     def __init__(self, seconds: float | None) -> None:
-        if seconds is not None and (
-            isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0
+        given: object = seconds
+        if given is not None and (
+            isinstance(given, bool) or not isinstance(given, int | float) or not given >= 0
         ):
             raise ConfigurationError(
                 f"deadline must be a number of seconds, 0 or more, or None; got {seconds!r}",

@@ -84,7 +84,7 @@ class TaskWaiter(Waiter):
             return False  # the loop was closed with this task still waiting
         return True
 
-    def _settle(self, woken: bool) -> None:  # noqa: FBT001 - a callback's only argument
+    def _settle(self, woken: bool) -> None:
         if not self._future.done():
             self._future.set_result(woken)
 

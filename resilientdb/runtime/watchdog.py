@@ -95,9 +95,7 @@ class Watchdog:
         entry = (at, next(self._serial), weakref.ref(watch))
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="resilientdb-watchdog", daemon=True
-                )
+                self._thread = threading.Thread(target=self._run, name="resilientdb-watchdog", daemon=True)
                 self._thread.start()
             first = not self._heap or at < self._heap[0][0]
             heapq.heappush(self._heap, entry)

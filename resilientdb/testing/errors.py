@@ -10,7 +10,7 @@
     HistoryViolation(AssertionError)   the database broke its promise to the workload
 """
 
-# ruff: noqa: N818 - a condition is named as such; "Error" is for what has no better name
+
 
 from __future__ import annotations
 
