@@ -1,7 +1,7 @@
 """The decisions that the ASGI and the WSGI middleware share: which engines stand behind an application, on
 what terms a request may use them, and whether it is refused on arrival.
 
-An ``Edge`` is built once, holds no request's state and reads snapshots only: no I/O.
+An ``Edge`` is built once, holds no request's state and reads what the engine knows already: no I/O.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from resilientdb.stats import Snapshot
+    from resilientdb.stats import EngineState, Snapshot
 
 __all__ = ["CONFIGURED", "HANDLED", "Edge", "Engines", "Reads", "Request", "Work"]
 
@@ -145,7 +145,7 @@ class Edge:
                 "engine made by resilientdb.create_engine(), or use resilientdb.middleware.asgi",
                 key="engine",
             )
-        self._snapshots = tuple(one.snapshot for one in controls)
+        self._controls = tuple(controls)
         self._problems = Problems(base=problem_base, rng=rng)
         if deadline == CONFIGURED:
             known = [one.resilience.deadline for one in controls]
@@ -169,14 +169,14 @@ class Edge:
         Draining: refused, so that the balancer goes elsewhere. Down: refused only with ``reject_when_down``
         and when every engine is down. Exempt paths are never refused.
         """
-        snapshots = [snapshot() for snapshot in self._snapshots]
-        refusal = self._refusal(snapshots)
+        states = [one.state for one in self._controls]
+        refusal = self._refusal(states)
         if refusal is not None and not self._is_exempt(request.path):
             return refusal
         read_only = (
             self._reads != "never"
             and request.method in SAFE_METHODS
-            and (self._reads == "always" or any(snapshot.state == "read_only" for snapshot in snapshots))
+            and (self._reads == "always" or "read_only" in states)
         )
         return Work(self._seconds(request), self._level(request), read_only=read_only)
 
@@ -197,18 +197,17 @@ class Edge:
 
     def _worst(self) -> Snapshot:
         """Of several engines, the one whose refusals last longest: a client told sooner would be refused."""
-        return max((snapshot() for snapshot in self._snapshots), key=lambda known: known.retry_after or 0.0)
+        return max((one.snapshot() for one in self._controls), key=lambda known: known.retry_after or 0.0)
 
     def _is_exempt(self, path: str) -> bool:
         return path in self._exempt or any(path.startswith(f"{one}/") for one in self._exempt)
 
-    def _refusal(self, snapshots: list[Snapshot]) -> Problem | None:
-        for snapshot in snapshots:
-            if snapshot.state == "draining":
-                return self._problems.refused("draining", snapshot)
-        if self._reject_when_down and all(snapshot.state == "down" for snapshot in snapshots):
-            soonest = min(snapshots, key=lambda snapshot: snapshot.retry_after or 0.0)
-            return self._problems.refused("down", soonest)
+    def _refusal(self, states: list[EngineState]) -> Problem | None:
+        if "draining" in states:
+            return self._problems.refused("draining", self._controls[states.index("draining")].snapshot())
+        if self._reject_when_down and all(state == "down" for state in states):
+            snapshots = [one.snapshot() for one in self._controls]
+            return self._problems.refused("down", min(snapshots, key=lambda known: known.retry_after or 0.0))
         return None
 
     def _level(self, request: Request) -> context.Criticality | None:

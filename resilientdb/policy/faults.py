@@ -396,9 +396,7 @@ def _judge(link: BaseException) -> _Verdict | None:
     """The verdict on one exception without its causes, or None if it says nothing."""
     kind = _kind_of(link)
     if kind.fault is not None:
-        # A deadline that ends under a COMMIT leaves it in doubt; every other refusal of ours came before.
-        doubtful = kind.name == "DeadlineExceeded"
-        return _Verdict(kind.fault, at_commit=IN_DOUBT if doubtful else None)
+        return _Verdict(kind.fault)  # ours come before anything is sent, but for CommitOutcomeUnknown
     if kind.family == "wrapper":
         lost = _attribute(link, "connection_invalidated") is True
         return _Verdict(LOST, firm=False) if lost else None

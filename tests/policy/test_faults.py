@@ -286,7 +286,7 @@ def test_refused_on_this_side(error: Exception, phase: Phase) -> None:
 def test_our_own_words_about_a_commit() -> None:
     assert classify(errors.CommitOutcomeUnknown("x")) is Fault.IN_DOUBT
     assert classify(errors.DeadlineExceeded("x")) is Fault.LOCAL_REJECTION
-    assert classify(errors.DeadlineExceeded("x"), Phase.COMMIT) is Fault.IN_DOUBT
+    assert classify(errors.DeadlineExceeded("x"), Phase.COMMIT) is Fault.LOCAL_REJECTION
     assert classify(errors.ConfigurationError("x")) is Fault.CONFIGURATION
 
 
