@@ -77,17 +77,12 @@ class Cluster:
         """The node that takes writes; raises ``NoPrimaryAvailable`` when none is known to."""
         primary = self.primary
         if primary is None:
-            raise NoPrimaryAvailable(
-                "no node accepts writes: " + ", ".join(f"{node.name} is {node.role}" for node in self.nodes),
-                retry_after=self._retry_after(),
-            )
-        if not primary.available and len(self.nodes) > 1:
-            error = NoPrimaryAvailable(
-                f"the primary {primary.name} is out of service", retry_after=primary.breaker.retry_after
-            )
-            primary.wake()
-            raise error from primary.breaker.last_error
+            self.wake()
+            raise self.no_primary(", ".join(f"{node.name} is {node.role}" for node in self.nodes))
         return primary
+
+    def no_primary(self, why: str) -> NoPrimaryAvailable:
+        return NoPrimaryAvailable(f"no node takes writes: {why}", retry_after=self._retry_after())
 
     def for_read(self) -> list[Node]:
         """The nodes to ask for a read, best first; raises ``NoReplicaAvailable`` when there are none."""
@@ -98,8 +93,12 @@ class Cluster:
             fallback_to_primary=self.resilience.routing.fallback_to_primary,
         )
         if not order:
-            raise NoReplicaAvailable("no node may serve this read", retry_after=self._retry_after())
+            self.wake()
+            raise self.no_replica("there is no replica, and the primary may not be used instead")
         return order
+
+    def no_replica(self, why: str) -> NoReplicaAvailable:
+        return NoReplicaAvailable(f"no node serves this read: {why}", retry_after=self._retry_after())
 
     def role_changed(self, node: Node, old: Role) -> None:
         with self._lock:
@@ -146,6 +145,23 @@ class Cluster:
 
     def announce_transaction_retry(self, number: int, delay: float, error: BaseException) -> None:
         self.emit(TransactionRetried(attempt=number, delay=delay, error=describe(error)))
+
+    # -- the probers ---------------------------------------------------------------------------------------
+
+    @property
+    def activity(self) -> int:
+        """Grows with every checkout from any node."""
+        return sum(node.pool.activity for node in self.nodes if node.pool is not None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody holds or waits for a connection of any node."""
+        return any(node.load for node in self.nodes)
+
+    def wake(self) -> None:
+        """The engine is used: have every node looked after, also one that serves nobody yet. It may be promoted."""
+        for node in self.nodes:
+            node.start_prober()
 
     # -- after a fork ---------------------------------------------------------------------------------------
 

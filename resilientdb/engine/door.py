@@ -93,7 +93,7 @@ class Door(Pool):
 
     def _ask(self) -> Permit:
         """A permit from a circuit that is not closed: a probe's, or a refusal."""
-        self.node.wake()
+        self.cluster.wake()
         permit = self._breaker.try_acquire()
         if permit is None:
             raise self._breaker.refusal()
@@ -115,7 +115,7 @@ class Door(Pool):
             self.node.suspect()
 
     def _create_connection(self) -> ConnectionPoolEntry:
-        self.node.wake()
+        self.cluster.wake()
         return Record(self)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:

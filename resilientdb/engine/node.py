@@ -66,13 +66,7 @@ class Node:
         """Callers that hold one of its connections or wait for one."""
         return self.pool.load if self.pool is not None else 0
 
-    @property
-    def activity(self) -> int:
-        """Grows with every checkout."""
-        return self.pool.activity if self.pool is not None else 0
-
-    def wake(self) -> None:
-        """Somebody uses the node: have it looked after."""
+    def start_prober(self) -> None:
         if self._prober is not None:
             self._prober.start()
 

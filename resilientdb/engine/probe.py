@@ -81,10 +81,10 @@ class NodeProbe:
             self._runner = None
 
     def _is_used(self, node: Node) -> bool:
-        """Whether the node has callers, had some lately, or is being waited for to come back."""
+        """Whether the engine has callers, had some lately, or the node is being waited for to come back."""
         now = monotonic()
-        activity = node.activity
-        if activity != self._seen or node.load > 0:
+        activity = node.cluster.activity
+        if activity != self._seen or node.cluster.busy:
             self._seen = activity
             self._used_until = now + _LINGER
         return now < self._used_until or not node.available

@@ -44,9 +44,14 @@ class Router(Door):
             self._doors[node.name] = door
 
     def checkout_once(self) -> PoolProxiedConnection:
-        if not is_read_only():
-            return self._doors[self.cluster.for_write().name].checkout_once()  # type: ignore[no-any-return]
-        return self._read()
+        if is_read_only():
+            return self._read()
+        node = self.cluster.for_write()
+        try:
+            return self._doors[node.name].checkout_once()  # type: ignore[no-any-return]
+        except CircuitOpen as error:
+            refusal = error
+        raise self.cluster.no_primary(str(refusal)) from refusal.__cause__
 
     def _read(self) -> PoolProxiedConnection:
         *others, last = self.cluster.for_read()
@@ -58,7 +63,11 @@ class Router(Door):
             except Exception as error:
                 if not classify(error, Phase.CONNECT).retry_connect:
                     raise
-        return self._doors[last.name].checkout_once()  # type: ignore[no-any-return]
+        try:
+            return self._doors[last.name].checkout_once()  # type: ignore[no-any-return]
+        except CircuitOpen as error:
+            refusal = error
+        raise self.cluster.no_replica(str(refusal)) from refusal.__cause__
 
     def _invalidate(
         self,
