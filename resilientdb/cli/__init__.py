@@ -1,0 +1,31 @@
+"""The ``resilientdb`` command.
+
+``group`` holds what all commands share; each command is a module or package of its own, imported when it is
+used. May import every other room; nothing imports it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["main"]
+
+main: Callable[..., Any]
+"""The click group, as ``resilientdb`` on the command line runs it."""
+
+try:
+    from resilientdb.cli.group import main
+except ModuleNotFoundError as missing:
+    if missing.name != "click":
+        raise
+
+    def main(*_args: object, **_options: object) -> NoReturn:
+        """Say what to install: without click there is no command line."""
+        sys.stderr.write(
+            "The resilientdb command needs click, which is not installed: pip install 'resilientdb[cli]'\n"
+        )
+        sys.exit(3)
