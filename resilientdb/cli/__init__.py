@@ -7,25 +7,20 @@ used. May import every other room; nothing imports it.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
 __all__ = ["main"]
 
-main: Callable[..., Any]
-"""The click group, as ``resilientdb`` on the command line runs it."""
-
-try:
+if TYPE_CHECKING:
     from resilientdb.cli.group import main
-except ModuleNotFoundError as missing:
-    if missing.name != "click":
-        raise
+else:
+    try:
+        from resilientdb.cli.group import main
+    except ModuleNotFoundError as missing:
+        if missing.name != "click":
+            raise
 
-    def main(*_args: object, **_options: object) -> NoReturn:
-        """Say what to install: without click there is no command line."""
-        sys.stderr.write(
-            "The resilientdb command needs click, which is not installed: pip install 'resilientdb[cli]'\n"
-        )
-        sys.exit(3)
+        def main(*_args: object, **_options: object) -> NoReturn:
+            """Say what to install: without click there is no command line."""
+            sys.stderr.write("resilientdb: click is not installed: pip install 'resilientdb[cli]'\n")
+            sys.exit(3)

@@ -10,7 +10,6 @@ import click
 import sqlalchemy.exc
 from sqlalchemy import make_url
 
-from resilientdb.cli.group import USAGE
 from resilientdb.config import ENV_PREFIX, URL_PREFIX, resolve
 from resilientdb.config.profiles import ProfileName
 from resilientdb.errors import ConfigurationError
@@ -59,7 +58,7 @@ def explain(url: str | None, profile: ProfileName | None, *, as_json: bool) -> N
     except ConfigurationError as error:
         raise click.UsageError(str(error)) from error
     replicas = _replicas(query.get(_REPLICAS, ()))
-    shown = _shown(parsed, replicas) if parsed is not None else None
+    shown = _shown(parsed) if parsed is not None else None
     if as_json:
         document = {
             "url": shown,
@@ -75,27 +74,22 @@ def _parse(url: str) -> URL:
     try:
         return make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):
-        # Without the cause: its text may hold the URL, and so a password.
-        message = "URL is not a database URL (expected dialect+driver://user@host:port/database)"
-    error = click.UsageError(message)
-    error.exit_code = USAGE
-    raise error
+        pass  # and forget it: the text of that error may hold the URL, and so a password
+    raise click.UsageError("URL is not a database URL (expected dialect+driver://user@host:port/database)")
 
 
-def _shown(url: URL, replicas: Sequence[str]) -> str:
-    """The URL without anything secret: neither its password nor what its parameters may hold of one."""
-    hidden = {key: _HIDDEN for key in url.query if _SECRET.search(key) and not key.startswith(URL_PREFIX)}
-    if replicas:
-        hidden[_REPLICAS] = ",".join(replicas)
-    text = url.update_query_dict(hidden).render_as_string(hide_password=True)
-    return text.replace("%2A%2A%2A", _HIDDEN)
+def _shown(url: URL) -> str:
+    """The URL without anything secret, be it in its parameters, and without the replicas, shown apart."""
+    hidden = {key: _HIDDEN for key in url.query if _SECRET.search(key)}
+    safe = url.difference_update_query([_REPLICAS]).update_query_dict(hidden)
+    return safe.render_as_string(hide_password=True).replace("%2A%2A%2A", _HIDDEN)
 
 
 def _replicas(value: str | Sequence[str]) -> list[str]:
     """The nodes of a ``resilientdb_replicas`` parameter, passwords hidden."""
     texts = [value] if isinstance(value, str) else list(value)
     parts = [part.strip() for text in texts for part in text.split(",") if part.strip()]
-    return [_shown(_parse(part), ()) if "://" in part else part.rpartition("@")[2] for part in parts]
+    return [_shown(_parse(part)) if "://" in part else part.rpartition("@")[2] for part in parts]
 
 
 def _print(rows: Sequence[Explanation], url: str | None, replicas: Sequence[str]) -> None:
@@ -115,7 +109,9 @@ def _print(rows: Sequence[Explanation], url: str | None, replicas: Sequence[str]
         table.add_column(heading, overflow="fold")
     for row in rows:
         style = "dim" if row.source == "default" else ""
-        table.add_row(Text(row.key), Text(row.value, style="bold" if not style else ""), Text(row.source, style))
+        table.add_row(
+            Text(row.key), Text(row.value, style="bold" if not style else ""), Text(row.source, style)
+        )
     console.print(table)
     if all(row.source == "default" for row in rows):
         click.echo(

@@ -109,7 +109,9 @@ class _MissingExtras:
         ) from error
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(resilientdb.__version__, prog_name="resilientdb", message="%(prog)s %(version)s")
 def main() -> None:
     """Keep answering while the database does not.

@@ -41,6 +41,8 @@ class Record(ConnectionRecord):
     """The permit of this checkout; None once its outcome has been told."""
     watch: Watch | None = None
     """The appointment of this checkout with the watchdog."""
+    inherited = False
+    """Whether its connection is that of the process which this one was forked from."""
 
     def __init__(self, pool: Door) -> None:
         self.node = pool.node
@@ -49,6 +51,14 @@ class Record(ConnectionRecord):
 
 class Door(Pool):
     """The guard in front of any pool class: permit before, outcome after, retry of the acquisition."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # To the logger that a program turns on to see its pool at work ("sqlalchemy.pool" and below).
+        plain = next(base for base in cls.__mro__ if issubclass(base, Pool) and not issubclass(base, Door))
+        cls._sqla_logger_namespace = f"{plain.__module__}.{plain.__qualname__}"
+
+    _sqla_logger_namespace: str
 
     def __init__(
         self,
@@ -107,9 +117,8 @@ class Door(Pool):
         else:
             self._breaker.release(permit)
 
-    def _connect_failed(self, error: BaseException) -> None:
-        """A connect under the closed circuit failed: tell the breaker, if it is the node's fault."""
-        permit = self._breaker.permit
+    def _connect_failed(self, error: BaseException, permit: Permit | None) -> None:
+        """A connect under the closed circuit's ``permit`` failed: tell the breaker, if it is the node's fault."""
         if permit is not None and classify(error, Phase.CONNECT).is_node_failure:
             self._breaker.record_failure(permit, error)
             self.node.suspect()

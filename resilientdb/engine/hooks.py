@@ -117,11 +117,17 @@ class _Hooks:
             # pre_ping would call this connection healthy for ever: it is, but it leads to the wrong node.
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
-        if phase is Phase.COMMIT and (fault is Fault.IN_DOUBT or cut):
+        in_doubt = phase is Phase.COMMIT and (fault is Fault.IN_DOUBT or cut)
+        if not isinstance(error, Exception):
+            # A cancellation stays one, or a task that was told to end would carry on.
+            if in_doubt:
+                error.add_note("COMMIT was sent and its reply was not awaited: it may have been committed or not")
+            return None
+        if in_doubt:
             return CommitOutcomeUnknown(
                 f"COMMIT was sent and its reply was lost ({describe(error)}): it may have been committed or not"
             )
-        if cut and isinstance(error, Exception):
+        if cut:
             deadline = current_deadline()
             return DeadlineExceeded(
                 f"the deadline{f' of {deadline.seconds:g} s' if deadline else ''} ended during a statement"

@@ -40,11 +40,12 @@ class Node:
         self.breaker = CircuitBreaker(policy, name=name, on_move=self._on_move)
         self._prober: Prober | None = None
         if policy.enabled and policy.probe_interval is not None and cluster.may_probe:
-            myself = weakref.ref(self)  # the prober's thread must not keep a forgotten engine alive
+            # The prober's thread must not keep a forgotten engine alive, by the cluster neither.
+            myself, driver = weakref.ref(self), cluster.driver
             self._prober = Prober(
                 name,
                 policy.probe_interval,
-                lambda: NodeProbe(myself, cluster.driver, policy.probe_timeout),
+                lambda: NodeProbe(myself, driver, policy.probe_timeout),
             )
             weakref.finalize(self, self._prober.stop).atexit = False
 
@@ -108,13 +109,14 @@ class Node:
         )
 
     def _on_move(self, transition: Transition) -> None:
-        self.cluster.emit(
-            CircuitStateChanged(
-                node=self.name, old=transition.old, new=transition.new, cause=transition.cause
-            )
-        )
+        # First what callers depend on: a listener may take its time.
         if transition.new == OPEN:
             self.suspect()
             if self.pool is not None:
                 self.pool.distrust()
                 self.pool.dismiss_waiting(self.breaker.refusal)
+        self.cluster.emit(
+            CircuitStateChanged(
+                node=self.name, old=transition.old, new=transition.new, cause=transition.cause
+            )
+        )

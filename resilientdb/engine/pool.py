@@ -11,6 +11,7 @@ import asyncio
 import functools
 import sys
 import threading
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from sqlalchemy.util.queue import Empty
 from resilientdb.engine.compat import await_only, checkout, greenlet_spawn
 from resilientdb.engine.door import Door
 from resilientdb.errors import DeadlineExceeded, PoolSaturated, PoolTimeout
+from resilientdb.policy.breaker import Permit
 from resilientdb.policy.saturation import Admission
 from resilientdb.runtime.bounded import LeftBehind, run_in_task, run_in_thread
 from resilientdb.runtime.clock import monotonic
@@ -32,10 +34,14 @@ if TYPE_CHECKING:
 
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+    from resilientdb.engine.node import Node
     from resilientdb.errors import ResilienceError
-    from resilientdb.policy.breaker import Permit
 
 __all__ = ["AsyncQueueDoor", "IdleConnections", "QueueDoor", "guarded"]
+
+
+_NOT_OURS = Permit(probe=False, issued_at=0.0)
+"""The permit of a connection that came along in a fork: no breaker's, so that it never returns by the fast way."""
 
 
 class IdleConnections:
@@ -93,8 +99,12 @@ class QueueDoor(Door, QueuePool):
         self._admission: Admission[Waiter] = Admission(limit=None, max_waiting=None)
         self._shells: list[Any] = []
         """Records whose connection was lost: what the user keeps in ``record_info`` outlives it."""
+        self._records: weakref.WeakSet[Any] = weakref.WeakSet()
+        """All that were made and still exist; a fork makes them the parent's."""
+        self._parents: list[Any] = []
         self._disposed = False
-        self._checkouts = self._timeouts = self._rejected = self._opened = self._closed = 0
+        node: Node | None = options.get("resilientdb_node")
+        before = node.pool if node is not None else None
         super().__init__(
             creator,
             pool_size=pool_size,
@@ -104,6 +114,14 @@ class QueueDoor(Door, QueuePool):
             **options,
         )
         self._admission.max_waiting = self.cluster.resilience.queue.max_waiting
+        # Counts go on where the pool that this one replaces has stopped.
+        counted = before.stats() if before is not None else None
+        self._checkouts = counted.checkouts if counted else 0
+        self._admission.waited = counted.waited if counted else 0
+        self._timeouts = counted.timeouts if counted else 0
+        self._rejected = counted.rejected if counted else 0
+        self._opened = counted.opened if counted else 0
+        self._closed = counted.closed if counted else 0
         self._idle: deque[Any] = self._pool.queue  # type: ignore[attr-defined]
         self._line = self._admission.line
         self._next: Callable[[], Any] = self._idle.pop if use_lifo else self._idle.popleft
@@ -124,32 +142,41 @@ class QueueDoor(Door, QueuePool):
 
     @property
     def _overflow(self) -> int:
-        return self._admission.total - self._pool.maxsize
+        return self._admission.total + self._lost() - self._pool.maxsize
 
     @_overflow.setter
     def _overflow(self, value: int) -> None:
         """QueuePool sets its own count when made and disposed; ours is never anything but what there is."""
 
+    def checkedin(self) -> int:
+        return len(self._idle) + self._lost()
+
     def checkedout(self) -> int:
         return self._admission.total - len(self._idle)
+
+    def _lost(self) -> int:
+        """Records without a connection that ``QueuePool`` would count as in the pool, up to its size."""
+        return max(0, min(len(self._shells), self._keep - len(self._idle)))
 
     # -- out -----------------------------------------------------------------------------------------------
 
     def connect(self) -> PoolProxiedConnection:
+        permit = self._breaker.permit
         try:
             return checkout(self)
         except Exception as error:
-            self._connect_failed(error)
+            self._connect_failed(error, permit)
             if not self.cluster.may_retry(error):
                 raise
             first = error
         return self.cluster.retry_acquisition(self.checkout_once, first, self._pause, self.node.name)
 
     def checkout_once(self) -> PoolProxiedConnection:
+        permit = self._breaker.permit
         try:
             return checkout(self)
         except Exception as error:
-            self._connect_failed(error)
+            self._connect_failed(error, permit)
             raise
 
     def _do_get(self) -> ConnectionPoolEntry:
@@ -160,6 +187,8 @@ class QueueDoor(Door, QueuePool):
             except IndexError:
                 pass
             else:
+                if self._invalidate_time > record.starttime and current_deadline() is not None:
+                    return self._get_slowly(permit, record)
                 record.permit = permit  # type: ignore[attr-defined]
                 self._checkouts += 1
                 return record
@@ -168,18 +197,32 @@ class QueueDoor(Door, QueuePool):
         try:
             record = self._get_slowly(permit)
             if permit.probe:
-                record.get_connection()  # type: ignore[attr-defined] # a probe's outcome is settled here
+                self._reopen(record)  # a probe's outcome is settled here
         except BaseException as error:
             if permit.probe:
                 self._settle(permit, error)
             raise
         return record
 
-    def _get_slowly(self, permit: Permit) -> ConnectionPoolEntry:
+    def _reopen(self, record: Any) -> None:
+        """Open the record's connection, if it is not. Its slot goes back if that fails."""
+        try:
+            record.get_connection()
+        except BaseException as error:
+            record.permit = None
+            record.invalidate(error)
+            self._give_back(record)
+            raise
+
+    def _get_slowly(self, permit: Permit, record: Any = None) -> ConnectionPoolEntry:
+        """``record``: an idle one that has been taken already; None: take a slot, or wait for one."""
         deadline = current_deadline()
         if deadline is not None and deadline.remaining() <= 0:
+            if record is not None:
+                self._give_back(record)
             raise self._late_for(deadline)
-        record = self._take_slot(deadline)
+        if record is None:
+            record = self._take_slot(deadline)
         if record is None or (deadline is not None and record._is_hard_or_soft_invalidated()):  # noqa: SLF001
             record = self._connected(record, deadline)
         record.permit = permit
@@ -191,17 +234,28 @@ class QueueDoor(Door, QueuePool):
         waiter = self._make_waiter()
         self._enter()
         try:
-            if self._idle:
-                return self._next()
+            record = self._take_idle()
+            if record is not None:
+                return record
             if self._admission.try_take():
                 return self._shells.pop() if self._shells else None
-            if not self._admission.join(waiter):
+            joined = self._admission.join(waiter)
+            if joined:
+                self._match()
+            else:
                 self._rejected += 1
-                raise self._saturated()
-            self._match()
         finally:
             self._leave()
+        if not joined:
+            raise self._saturated()
         return self._wait(waiter, deadline)
+
+    def _take_idle(self) -> Any:
+        """An idle record, or None: another thread, which needs no lock for it, may take the last at any moment."""
+        try:
+            return self._next()
+        except IndexError:
+            return None
 
     def _wait(self, waiter: Waiter, deadline: Deadline | None) -> Any:
         """Wait in line; returns what came with the slot: a record, or None. Raises when there is none."""
@@ -243,15 +297,17 @@ class QueueDoor(Door, QueuePool):
             if deadline is None:
                 return self._create_connection()
             return self._connect_elsewhere(record, deadline)
-        except LeftBehind:
-            pass
+        except LeftBehind as left:
+            interruption = left.__cause__  # the slot is the business of whoever adopts
         except BaseException:
             self._give_back(record)
             raise
-        raise self._late_for(deadline)
+        raise interruption or self._late_for(deadline)
 
     def _connect_elsewhere(self, record: Any, deadline: Deadline) -> Any:
         """Connect where the caller need not wait for it longer than its deadline."""
+
+        permit = self._breaker.permit
 
         def open_one() -> Any:
             if record is None:
@@ -261,7 +317,7 @@ class QueueDoor(Door, QueuePool):
 
         def adopt(opened: Any, error: BaseException | None) -> None:
             if error is not None:
-                self._connect_failed(error)
+                self._connect_failed(error, permit)
             self._give_back(record if opened is None else opened)
 
         return self._run_bounded(open_one, deadline.remaining(), adopt)
@@ -276,6 +332,7 @@ class QueueDoor(Door, QueuePool):
 
     def _create_connection(self) -> ConnectionPoolEntry:
         record = super()._create_connection()
+        self._records.add(record)
         self._opened += 1
         return record
 
@@ -309,6 +366,9 @@ class QueueDoor(Door, QueuePool):
 
     def _give_back(self, record: Any) -> None:
         """Hand a slot on, with its connection if there is one (None, or a record without: to be opened)."""
+        if record is not None and record.inherited:
+            self._parents.append(record)
+            return
         while True:
             if self._is_inside():
                 self._late.append(record)
@@ -343,8 +403,7 @@ class QueueDoor(Door, QueuePool):
 
     def _match(self) -> None:
         """Inside the section: give idle connections to those who wait, where both came to be at once."""
-        while self._line and self._idle:
-            record = self._next()
+        while self._line and (record := self._take_idle()) is not None:
             waiter = self._admission.next_in_line()
             if waiter is None:
                 self._idle.append(record)
@@ -362,7 +421,7 @@ class QueueDoor(Door, QueuePool):
         try:
             self._match()
             if len(self._idle) > self._keep:
-                surplus = self._next()
+                surplus = self._take_idle()
         finally:
             self._leave()
         if surplus is not None:
@@ -383,21 +442,21 @@ class QueueDoor(Door, QueuePool):
     def dispose(self) -> None:
         self._disposed = True
         self.node.rest()
-        while True:
-            try:
-                record = self._next()
-            except IndexError:
-                break
+        self._close_idle()
+        self.logger.info("Pool disposed. %s", self.status())
+
+    def _close_idle(self) -> None:
+        while (record := self._take_idle()) is not None:
             self._closed += 1
             record.close()
             self._give_back(record)
         self._shells.clear()
-        self.logger.info("Pool disposed. %s", self.status())
 
     def retire(self) -> None:
         # Connections that are still out come back here, where nobody will ask for them: close them then.
         if self._disposed:
             self._keep = 0
+            self._close_idle()  # came back since dispose()
 
     def _arguments(self) -> dict[str, Any]:
         return {
@@ -427,8 +486,13 @@ class QueueDoor(Door, QueuePool):
         self._guard = threading.RLock()
         self._busy = False
         self._admission.dismiss()  # their threads exist in the parent only
-        # Dropped without a word to the server: it would be the parent's connection that hears it.
-        self._parents = list(self._idle)
+        self._late.clear()
+        # Kept without a word to the server, also those that are still out here: it would be the parent's
+        # connection that hears it.
+        for record in self._records:
+            record.inherited = True
+            record.permit = _NOT_OURS
+        self._parents.extend(self._idle)
         self._idle.clear()
         self._shells.clear()
         self._admission.total = 0
@@ -494,6 +558,7 @@ class QueueDoor(Door, QueuePool):
             f"the pool of {self.node.name} is saturated: {self._counts()}, "
             f"at most {self._admission.max_waiting} may wait",
             retry_after=self._expected_wait(),
+            snapshot=self.node.stats(),
         )
 
     def _timed_out(self, waiter: Waiter) -> PoolTimeout:
@@ -502,6 +567,7 @@ class QueueDoor(Door, QueuePool):
             f"timed out, timeout {self._timeout or 0:0.2f}: waited {monotonic() - waiter.since:.2f} s for "
             f"{self.node.name} ({self._counts()})",
             retry_after=self._expected_wait(),
+            snapshot=self.node.stats(),
         )
 
     def _late_for(self, deadline: Deadline | None, waiter: Waiter | None = None) -> DeadlineExceeded:
@@ -510,6 +576,7 @@ class QueueDoor(Door, QueuePool):
             f"the deadline of {deadline.seconds if deadline else 0:g} s ended{waited} before {self.node.name} "
             f"gave a connection ({self._counts()})",
             retry_after=self._expected_wait(),
+            snapshot=self.node.stats(),
         )
 
 

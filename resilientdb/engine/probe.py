@@ -44,6 +44,8 @@ class NodeProbe:
         self._runner: asyncio.Runner | None = None
         self._seen = -1
         self._used_until = 0.0
+        self._answered: int | None = None
+        """What the breaker's counter of that name said at the last examination."""
 
     def examine(self) -> bool:
         node = self._node()
@@ -51,6 +53,8 @@ class NodeProbe:
             return False
         asked_at = monotonic()
         answered = node.breaker.answered
+        before = answered if self._answered is None else self._answered
+        self._answered = answered
         fresh = self._connection is None
         try:
             try:
@@ -65,7 +69,10 @@ class NodeProbe:
         except Exception as error:  # noqa: BLE001 - whatever it is, it is what was seen
             self._discard(node)
             if classify(error, Phase.CONNECT) not in _NO_EVIDENCE:
-                node.breaker.prober_failed(error, answered)
+                # A reset or a refusal takes no time, in which nobody could be served. So it is compared with the
+                # time before: one connection that is cut is no dead node. If it is dead, its callers hurry us.
+                silent = monotonic() - asked_at >= self._timeout
+                node.breaker.prober_failed(error, answered if silent else before)
             return True
         node.saw_role(role)
         node.breaker.prober_succeeded()

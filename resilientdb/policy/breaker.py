@@ -181,6 +181,7 @@ class BreakerCore:
             self.failing_since = now
         if state == CLOSED:
             self._window.clear()
+            self._absorbed_at = now
             self._seen_dead = False
         return transition
 

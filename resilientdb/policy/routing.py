@@ -44,10 +44,10 @@ def order_for_read(
     rng.shuffle(fit)
     if len(fit) > 1 and fit[1].load < fit[0].load:
         fit[0], fit[1] = fit[1], fit[0]
+    # Ahead of the primary, or no call would ever show that they are well again; being refused costs no time.
     order = fit + [node for node in replicas if not node.available]
     if primary is not None and (fallback_to_primary or not replicas):
-        # Ahead of replicas that are known to fail: a working primary is better than a refusal.
-        order.insert(len(fit), primary)
+        order.append(primary)
     return order
 
 

@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 
 class LeftBehind(Exception):
-    """The caller's time was over; the work goes on and will be adopted."""
+    """The caller's time was over, or it was interrupted (``__cause__`` says by what); the work goes on and will
+    be adopted, or has been."""
 
 
 class _Outcome(Generic[T]):
@@ -54,6 +55,11 @@ class _Outcome(Generic[T]):
             self._left = True
             return True
 
+    def abandon(self) -> None:
+        """Stop waiting, whatever has come of it."""
+        if not self.leave():
+            self._adopt(self.value, self.error)
+
     def result(self) -> T:
         if self.error is not None:
             raise self.error
@@ -65,9 +71,9 @@ def run_in_thread(
 ) -> T:
     """``work()`` in a daemon thread with the caller's context variables; wait at most ``seconds``.
 
-    Returns its result or raises its error. Raises ``LeftBehind`` when the time is over first; then
-    ``adopt(value, error)`` will be called once, in the helper thread. The same holds for a caller that is
-    interrupted.
+    Returns its result or raises its error. Raises ``LeftBehind`` when the time is over first, or from what
+    interrupts the caller; then, and only then, ``adopt(value, error)`` is called, once, as a rule in the helper
+    thread.
     """
     outcome: _Outcome[T] = _Outcome(adopt)
     finished = threading.Lock()
@@ -86,13 +92,14 @@ def run_in_thread(
         finally:
             finished.release()
 
-    threading.Thread(target=run, name="resilientdb-connect", daemon=True).start()
     try:
-        finished.acquire(timeout=max(0.0, seconds))
-    except BaseException:
-        if not outcome.leave() and outcome.error is None:
-            adopt(outcome.value, None)
-        raise
+        threading.Thread(target=run, name="resilientdb-connect", daemon=True).start()
+        finished.acquire(timeout=min(max(0.0, seconds), threading.TIMEOUT_MAX))
+    except RuntimeError:
+        raise  # no thread could be started: nothing was done
+    except BaseException as interruption:
+        outcome.abandon()
+        raise LeftBehind from interruption
     if outcome.leave():
         raise LeftBehind
     return outcome.result()
@@ -135,10 +142,9 @@ def run_in_task(
     try:
         # asyncio.wait neither cancels the task when it times out nor when its caller is cancelled.
         suspend(asyncio.wait({task}, timeout=max(0.0, seconds)))
-    except BaseException:
-        if not outcome.leave() and outcome.error is None:
-            adopt(outcome.value, None)
-        raise
+    except BaseException as interruption:
+        outcome.abandon()
+        raise LeftBehind from interruption
     if outcome.leave():
         raise LeftBehind
     return outcome.result()

@@ -47,7 +47,8 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
     same: reading the one and adding to the other is all that a healthy call costs, and no lock. (On an
     interpreter without a global lock an addition may get lost; the share of failures is then overstated by
     that much.) ``_guard`` guards the core; it is never held while a listener, a storage or anything of the
-    user's runs. ``on_move`` is called for each transition after the lock is released, in order.
+    user's runs. A garbage collection may run inside it all the same and give a forgotten connection back in this
+    very thread: what that reports is put off until the section has ended. ``on_move`` is called for each transition after the lock is released, in order.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         clock: Clock = monotonic,
         on_move: Callable[[Transition], object] | None = None,
     ) -> None:
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._clock = clock
         self._core = BreakerCore(policy, clock())
         self._emitter = Emitter()
@@ -93,11 +94,11 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
     def record_success(self, permit: Permit) -> None:
         """The node answered (an application error is an answer)."""
+        if self._is_inside():
+            self._emitter.post(functools.partial(self.record_success, permit))
+            return
         with self._guard:
-            moved = self._core.record_success(permit, self._clock())
-            if moved is None:
-                return
-            self._moved(moved)
+            self._moved(self._core.record_success(permit, self._clock()))
         self._emitter.deliver()
 
     def record_failure(self, permit: Permit, error: BaseException) -> None:
@@ -113,8 +114,12 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
     def release(self, permit: Permit) -> None:
         """The call showed nothing about the node: cancelled, refused locally, never sent."""
+        if self._is_inside():
+            self._emitter.post(functools.partial(self.release, permit))
+            return
         with self._guard:
             self._core.release(permit)
+        self._emitter.deliver()
 
     def prober_succeeded(self) -> None:
         with self._guard:
@@ -127,17 +132,18 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         If a call has succeeded since, it is the prober's own connection that is dead, or the prober that is slow
         on a busy machine, and a node that answers is not cut off.
         """
+        cause = describe(error)
         with self._guard:
             now = self._absorb()
             if self.permit is not None and self.answered != answered:
                 return
-            self._moved(self._core.prober_failed(now, describe(error)))
+            self._moved(self._core.prober_failed(now, cause))
         self._remember(error)
         self._emitter.deliver()
 
     def after_fork(self) -> None:
         """In the child: a lock may be held by a thread that did not come along."""
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._lock = threading.RLock()
         self._emitter = Emitter()
 
@@ -238,6 +244,10 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             self._moved(self._core.force(state, self._clock(), cause))
         self._emitter.deliver()
 
+    def _is_inside(self) -> bool:
+        """Whether this very thread is inside the guarded section: then a finalizer is running in the middle of it."""
+        return self._guard._is_owned()  # type: ignore[attr-defined]  # noqa: SLF001 - what threading.Condition asks
+
     def _absorb(self) -> float:
         """Bring the core up to date; returns the time it is."""
         now = self._clock()
@@ -251,6 +261,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         if transition is None:
             return
         self.permit = self._core.closed_permit
+        self._absorbed = self.answered  # what was tallied until now belongs to the period that has ended
         self._emitter.post(lambda: self._announce(transition))
 
     def _announce(self, transition: Transition) -> None:
@@ -258,13 +269,19 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         # pybreaker's state objects announce themselves from their constructor when told to; we do not, since
         # every listener is to be guarded on its own.
         self._state = new = _STATES[transition.new](self, prev_state=old, notify=False)
-        self._state_storage.state = transition.new
-        if transition.new == OPEN:
+        try:
+            if self._on_move is not None:
+                self._on_move(transition)
+        finally:
+            for listener in self.listeners:
+                self._emitter.post(functools.partial(listener.state_change, self, old, new))
+            # Last: it may be another server, slow or away.
+            self._emitter.post(functools.partial(self._store, transition.new))
+
+    def _store(self, state: str) -> None:
+        self._state_storage.state = state
+        if state == OPEN:
             self._state_storage.opened_at = datetime.now(UTC)
-        if self._on_move is not None:
-            self._on_move(transition)
-        for listener in self.listeners:
-            self._emitter.post(functools.partial(listener.state_change, self, old, new))
 
     def _remember(self, error: BaseException) -> None:
         try:

@@ -86,7 +86,8 @@ current_record = _record.get
 
 
 class _Scope(Generic[V]):
-    """A context variable set for a block. Re-entrant: each entry has its own token."""
+    """A context variable set for a block. Each entry has its own token, so one object may be entered again, and
+    by several tasks and threads at once."""
 
     def __init__(self, variable: ContextVar[V]) -> None:
         self._variable = variable
@@ -107,7 +108,14 @@ class _Scope(Generic[V]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._variable.reset(self._tokens.pop())
+        for token in reversed(tuple(self._tokens)):
+            try:
+                self._variable.reset(token)
+            except ValueError:
+                continue  # another task's or thread's, which is inside the same object
+            self._tokens.remove(token)
+            return
+        raise RuntimeError(f"{type(self).__name__} is left in another context than it was entered in")
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):

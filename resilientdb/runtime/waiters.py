@@ -56,7 +56,7 @@ class ThreadWaiter(Waiter):
         return True
 
     def park(self, seconds: float | None) -> bool:
-        return self._gate.acquire(timeout=_FOREVER if seconds is None else max(0.0, seconds))
+        return self._gate.acquire(timeout=_FOREVER if seconds is None else min(max(0.0, seconds), _FOREVER))
 
 
 class TaskWaiter(Waiter):
@@ -74,12 +74,12 @@ class TaskWaiter(Waiter):
         self._future = loop.create_future()
 
     def wake(self) -> bool:
-        if threading.get_ident() == self._thread:
-            self._settle(True)
-            return True
-        # From another thread: the slot may come from a garbage collection or a breaker that opened there.
         try:
-            self._loop.call_soon_threadsafe(self._settle, True)
+            if threading.get_ident() == self._thread:
+                self._settle(True)
+            else:
+                # The slot may come from a garbage collection or a breaker that opened there.
+                self._loop.call_soon_threadsafe(self._settle, True)
         except RuntimeError:
             return False  # the loop was closed with this task still waiting
         return True

@@ -37,7 +37,8 @@ class Watch:
     __slots__ = ("__weakref__", "_fd", "_guard", "at", "fired", "still_wanted")
 
     def __init__(self, fd: int, still_wanted: Callable[[], bool] | None = None) -> None:
-        self._guard = threading.Lock()
+        # Re-entrant: a garbage collection while firing may find the very connection, forgotten, and end its watch.
+        self._guard = threading.RLock()
         self._fd: int | None = os.dup(fd)
         self.at = 0.0
         """When to fire, monotonic seconds; 0 = not now."""
@@ -63,12 +64,10 @@ class Watch:
             if self.still_wanted is not None and not self.still_wanted():
                 return
             self.fired = True
-            handle = socket.socket(fileno=self._fd)
-            self._fd = None
+            fd, self._fd = self._fd, None
             # ENOTCONN: the peer was faster.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), socket.socket(fileno=fd) as handle:
                 handle.shutdown(socket.SHUT_RDWR)
-            handle.close()
 
     def __del__(self) -> None:
         if self._fd is not None:
@@ -83,7 +82,8 @@ class Watchdog:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Condition(threading.Lock())
+        # Re-entrant: a garbage collection inside may roll a forgotten connection back, under the same deadline.
+        self._lock = threading.Condition(threading.RLock())
         self._heap: list[tuple[float, int, weakref.ref[Watch]]] = []
         self._serial = itertools.count()
         self._thread: threading.Thread | None = None
@@ -109,7 +109,8 @@ class Watchdog:
         self.__init__()  # type: ignore[misc]
 
     def _compact(self) -> None:
-        self._heap = [entry for entry in self._heap if _is_due(entry)]
+        entries, self._heap = self._heap, []
+        self._heap += [entry for entry in entries if _is_due(entry)]  # beside what came in meanwhile, see _lock
         heapq.heapify(self._heap)
         self._compact_at = max(1024, 2 * len(self._heap))
 

@@ -17,9 +17,19 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-__all__ = ["FULL", "QUICK", "SMOKE", "Lap", "Scale", "Spread", "in_turns", "percentile", "pinned", "race", "spread"]
-
-
+__all__ = [
+    "FULL",
+    "QUICK",
+    "SMOKE",
+    "Lap",
+    "Scale",
+    "Spread",
+    "in_turns",
+    "percentile",
+    "pinned",
+    "race",
+    "spread",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +49,13 @@ class Scale:
     tail_time: float
     """Longest watch for the return to normal."""
     imports: int
+    contestants: int | None = None
+    """How many of the systems under load; None = all."""
 
 
 FULL = Scale(
-    rounds=41,
-    turn=0.05,
+    rounds=201,
+    turn=0.01,
     refused_calls=4000,
     contention_turn=2.0,
     contention_rounds=7,
@@ -54,8 +66,8 @@ FULL = Scale(
     imports=21,
 )
 QUICK = Scale(
-    rounds=15,
-    turn=0.02,
+    rounds=75,
+    turn=0.005,
     refused_calls=1000,
     contention_turn=0.5,
     contention_rounds=3,
@@ -73,6 +85,7 @@ SMOKE = Scale(
     contention_rounds=1,
     threads=(8,),
     loads=(2,),
+    contestants=2,
     load_time=0.5,
     tail_time=1.5,
     imports=1,

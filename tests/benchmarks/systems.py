@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import threading
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from .measure import Scale
 
-__all__ = ["Bench", "Loop", "async_engines", "engines", "prober_of"]
+__all__ = ["Bench", "Loop", "assert_guarded", "async_engines", "engines"]
 
 
 class Bench:
@@ -47,14 +46,6 @@ class Bench:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The same engine twice."""
-
-    plain: sa.Engine
-    guarded: sa.Engine
 
 
 @contextlib.contextmanager
@@ -89,10 +80,12 @@ class Loop:
 
 
 @contextlib.contextmanager
-def async_engines(url: str, loop: Loop, **options: Any) -> Iterator[tuple[AsyncEngine, AsyncEngine]]:
+def async_engines(
+    url: str, loop: Loop, *, resilience: rdb.Resilience | None = None, **options: Any
+) -> Iterator[tuple[AsyncEngine, AsyncEngine]]:
     """(plain, guarded), made with the same options, for the tasks of ``loop``."""
     plain = sa_asyncio.create_async_engine(url, **options)
-    guarded = rdb.create_async_engine(url, **options)
+    guarded = rdb.create_async_engine(url, resilience=resilience, **options)
     try:
         yield plain, guarded
     finally:

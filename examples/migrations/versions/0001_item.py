@@ -1,0 +1,17 @@
+"""The table of the examples."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+
+
+def upgrade() -> None:
+    op.create_table(
+        "item", sa.Column("id", sa.Integer, primary_key=True), sa.Column("name", sa.Text, nullable=False)
+    )
+
+
+def downgrade() -> None:
+    op.drop_table("item")

@@ -1,0 +1,87 @@
+"""A database in memory that counts its connections and fails, or waits, on demand; and real pools over it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy.dialects import sqlite
+
+from resilientdb import Resilience
+from resilientdb.engine.cluster import Cluster
+from resilientdb.engine.pool import QueueDoor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class FakeConnection:
+    """As much of a DBAPI connection as a pool touches."""
+
+    def __init__(self, database: FakeDatabase, number: int) -> None:
+        self.database = database
+        self.number = number
+        self.is_open = True
+
+    def rollback(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            self.database.close_one()
+
+
+class FakeDatabase:
+    """``connect`` is a pool's creator. ``_lock`` guards the counts."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.opened = 0
+        self.open_now = 0
+        self.most_open = 0
+        self.failures: deque[BaseException] = deque()
+        """What the next attempts to connect raise, one each."""
+        self.gate: threading.Event | None = None
+        """What an attempt to connect waits for before anything else."""
+        self.connecting = threading.Semaphore(0)
+        """Released by each attempt as it begins to wait for ``gate``."""
+
+    def connect(self) -> FakeConnection:
+        gate = self.gate
+        if gate is not None:
+            self.connecting.release()
+            assert gate.wait(20), "nobody opened the gate"
+        with self._lock:
+            if self.failures:
+                raise self.failures.popleft()
+            self.opened += 1
+            self.open_now += 1
+            self.most_open = max(self.most_open, self.open_now)
+            return FakeConnection(self, self.opened)
+
+    def close_one(self) -> None:
+        with self._lock:
+            self.open_now -= 1
+
+
+@pytest.fixture
+def database() -> FakeDatabase:
+    return FakeDatabase()
+
+
+@pytest.fixture
+def make_pool(database: FakeDatabase) -> Callable[..., QueueDoor]:
+    """A pool of real threads over ``database``: no overflow, no patience to speak of, and all else as given."""
+
+    def make(size: int, *, resilience: Resilience | None = None, **options: Any) -> QueueDoor:
+        dialect = sqlite.dialect()  # type: ignore[no-untyped-call]
+        cluster = Cluster(resilience or Resilience(), dialect, [("db", "unknown", None)])
+        options = {"max_overflow": 0, "timeout": 10.0, **options}
+        return QueueDoor(
+            database.connect, pool_size=size, dialect=dialect, resilientdb_cluster=cluster, **options
+        )
+
+    return make
