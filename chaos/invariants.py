@@ -1,8 +1,8 @@
 """What must hold: bounds with their numbers, and what is true after every scenario.
 
-Two allowances are made for a busy machine and no others. ``EPSILON`` is added to deadlines. A bound that is
-shorter than that is lengthened by what an ``Observer`` saw the machine stall during that very call: it sleeps
-10 ms at a time and notes how much longer it took.
+Allowances for a busy machine, and no others: ``EPSILON`` is added to deadlines. Where something must be ``fast``,
+one call of ten may take ``EPSILON`` longer, and each what an ``Observer`` saw the machine stall during that very
+call: it sleeps 10 ms at a time and notes how much longer it took.
 """
 
 from __future__ import annotations
@@ -131,8 +131,15 @@ def own_answers(calls: Calls) -> None:
 
 
 def fast(calls: Calls, observer: Observer, limit: float = FAST) -> None:
-    """All of these ended within ``limit``."""
-    _none_longer(calls, lambda call: limit + observer.stall(call.due, call.ended), f"{limit:g} s")
+    """Nine of ten of these ended within ``limit``, all within ``EPSILON`` more."""
+    late = calls.where(lambda call: call.seconds > limit + observer.stall(call.due, call.ended))
+    if len(late) > len(calls) // 10:
+        raise AssertionError(_late(late, calls, f"{limit:g} s"))
+    _none_longer(
+        calls,
+        lambda call: limit + EPSILON + observer.stall(call.due, call.ended),
+        f"{limit:g} s and {EPSILON:g} s",
+    )
 
 
 def within_deadline(calls: Calls) -> None:
@@ -159,9 +166,12 @@ def recovered(calls: Calls, healed_at: float, observer: Observer) -> tuple[float
 
 def _none_longer(calls: Calls, allowed: Callable[[Call], float], what: str) -> None:
     late = calls.where(lambda call: call.seconds > allowed(call))
-    assert not late, f"{len(late)} of {len(calls)} took longer than {what}: " + ", ".join(
-        f"#{call.number} {call.seconds:.3f} s {type(call.error).__name__}" for call in late[:8]
-    )
+    assert not late, _late(late, calls, what)
+
+
+def _late(late: Calls, calls: Calls, what: str) -> str:
+    some = ", ".join(f"#{call.number} {call.seconds:.3f} s {type(call.error).__name__}" for call in late[:8])
+    return f"{len(late)} of {len(calls)} took longer than {what}: {some}"
 
 
 # ------------------------------------------------------------------------------------------- afterwards

@@ -11,7 +11,9 @@ hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1_00
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--nightly", action="store_true", help="run the long profile: minutes instead of seconds")
+    parser.addoption(
+        "--nightly", action="store_true", help="run the long profile: minutes instead of seconds"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,12 +6,16 @@ outcome is bad, or it could not be done here. Ctrl-C gives 130.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
 import resilientdb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["FAILURE", "INTERRUPTED", "OK", "USAGE", "CommandFailed", "main"]
 
@@ -69,11 +73,11 @@ class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return sorted(_COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         entry = _COMMANDS.get(cmd_name)
         if entry is None:
             return None
-        with _MissingExtras(cmd_name):
+        with _explained(ctx, cmd_name):
             command: click.Command = getattr(importlib.import_module(entry.module), entry.attribute)
         return command
 
@@ -83,30 +87,22 @@ class _LazyGroup(click.Group):
             formatter.write_dl([(name, _COMMANDS[name].summary) for name in self.list_commands(ctx)])
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _MissingExtras(ctx.invoked_subcommand or "resilientdb"):
+        with _explained(ctx):
             return super().invoke(ctx)
 
 
-class _MissingExtras:
+@contextlib.contextmanager
+def _explained(ctx: click.Context, command: str | None = None) -> Iterator[None]:
     """Turns the import error of an optional dependency into the name of the extra that brings it."""
-
-    def __init__(self, command: str) -> None:
-        self._command = command
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        if not isinstance(error, ModuleNotFoundError):
-            return
+    try:
+        yield
+    except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
+        if module not in _EXTRAS:
+            raise
         # The demo needs most of them, so one extra brings them all.
-        extra = "demo" if self._command == "demo" else _EXTRAS.get(module)
-        if module not in _EXTRAS or extra is None:
-            return
-        raise CommandFailed(
-            f"this command needs {module}, which is not installed: pip install 'resilientdb[{extra}]'"
-        ) from error
+        extra = "demo" if (command or ctx.invoked_subcommand) == "demo" else _EXTRAS[module]
+        raise CommandFailed(f"{module} is not installed: pip install 'resilientdb[{extra}]'") from error
 
 
 @click.group(

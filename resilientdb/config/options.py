@@ -97,6 +97,11 @@ class RetryPolicy(Options, table="retry"):
     """Seconds for all attempts and pauses together, above 0; never past the deadline. 10.0: outlasts a quick
     failover, and ends before most callers do."""
 
+    wait_when_open: Annotated[bool, Flag()] = False
+    """Whether a call that an open circuit refuses is tried again like one that failed. False: refused at once,
+    for callers that somebody waits for. True: rides out an outage, for work that nobody watches. Costs nothing of
+    the budget, since nothing is sent."""
+
     backoff: Backoff = field(default_factory=Backoff)
     """The pauses between attempts."""
 

@@ -59,6 +59,7 @@ _WORKER = Profile(
     settings={
         "queue.timeout": Setting(15.0, "waiting is cheaper than redelivering the job"),
         "retry.attempts": Setting(8, "with the pauses below, rides out a server's restart"),
+        "retry.wait_when_open": Setting(True, "the job can wait until the database is back"),
         "retry.timeout": Setting(60.0, "longer than a usual failover: Patroni's leader key lives 30 s"),
         "retry.backoff.initial": Setting(0.25, "nobody notices, and a struggling server gets room"),
         "retry.backoff.maximum": Setting(10.0, "keeps trying through a failover without hammering it"),
@@ -71,6 +72,7 @@ _BATCH = Profile(
     settings={
         "queue.timeout": Setting(60.0, "connections are held for long, so a free one takes long to come"),
         "retry.attempts": Setting(15, "with the pauses below, rides out a slow failover"),
+        "retry.wait_when_open": Setting(True, "starting over costs more than waiting"),
         "retry.timeout": Setting(300.0, "what was lost takes longer than that to compute again"),
         "retry.backoff.initial": Setting(0.5, "a batch must not compete with interactive work"),
         "retry.backoff.maximum": Setting(30.0, "a server in recovery gains nothing from quicker questions"),

@@ -16,7 +16,7 @@ from resilientdb.config import Resilience
 from resilientdb.engine import retrying
 from resilientdb.engine.drivers import driver_of
 from resilientdb.engine.node import Node
-from resilientdb.errors import NoPrimaryAvailable, NoReplicaAvailable
+from resilientdb.errors import CircuitOpen, NoPrimaryAvailable, NoReplicaAvailable
 from resilientdb.events import (
     AcquisitionRetried,
     Event,
@@ -25,7 +25,7 @@ from resilientdb.events import (
     TransactionRetried,
 )
 from resilientdb.policy.budget import Budget
-from resilientdb.policy.faults import Fault, Phase, classify, describe
+from resilientdb.policy.faults import Phase, classify, describe
 from resilientdb.policy.routing import engine_state, next_primary, order_for_read
 from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.emitter import Emitter
@@ -58,8 +58,8 @@ class Cluster:
         self._listeners: list[Callable[[Event], object]] = []
         self._rng = random.Random()
         self._retries = 0
-        self.may_probe = self.driver.role_query is not None
-        """Whether a background prober makes sense: not for a database in this very process."""
+        self.has_server = self.driver.role_query is not None
+        """Whether there is a server to be probed and sessions to be lost: not for a database in this process."""
         self.nodes = [
             Node(self, name=name, role=role, connector=connector) for name, role, connector in nodes
         ]
@@ -111,11 +111,12 @@ class Cluster:
 
     def may_retry(self, error: BaseException) -> bool:
         """Whether a failed acquisition is worth another attempt."""
-        return (
-            self.resilience.retry.attempts > 1
-            and (fault := classify(error, Phase.CONNECT)).retry_connect
-            and fault is not Fault.WRONG_ROLE
+        return self.resilience.retry.attempts > 1 and (
+            classify(error, Phase.CONNECT).retry_connect or self._waits_out(error)
         )
+
+    def _waits_out(self, error: BaseException) -> bool:
+        return self.resilience.retry.wait_when_open and isinstance(error, _REFUSALS)
 
     def retry_acquisition(
         self, attempt: Callable[[], T], first: Exception, pause: Callable[[float], None], node: str
@@ -135,6 +136,8 @@ class Cluster:
 
     def spend_retry(self, error: BaseException) -> bool:
         """Take one retry out of the budget; False (said once) when there is none left."""
+        if isinstance(error, _REFUSALS):
+            return True  # nothing was sent, so there is nothing to ration
         with self._lock:
             was_exhausted = self._budget.exhausted
             granted = self._budget.try_spend(monotonic(), self._rate())
@@ -211,6 +214,9 @@ class Cluster:
         waits = [after for node in self.nodes if (after := node.breaker.retry_after) is not None]
         return min(waits) if waits else None
 
+
+_REFUSALS = (CircuitOpen, NoPrimaryAvailable, NoReplicaAvailable)
+"""What a caller is told while nodes are out of service, without one of them having been asked."""
 
 _clusters: weakref.WeakSet[Cluster] = weakref.WeakSet()
 

@@ -19,6 +19,8 @@ from sqlalchemy.pool import Pool
 from resilientdb.engine.cluster import Cluster
 from resilientdb.engine.compat import ConnectionRecord, await_only, record_of
 from resilientdb.policy.faults import Phase, classify
+from resilientdb.runtime.clock import monotonic
+from resilientdb.runtime.context import current_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from resilientdb.engine.node import Node
     from resilientdb.errors import ResilienceError
     from resilientdb.policy.breaker import Permit
+    from resilientdb.runtime.context import RequestRecord
     from resilientdb.runtime.watchdog import Watch
     from resilientdb.stats import PoolStats
 
@@ -41,6 +44,10 @@ class Record(ConnectionRecord):
     """The permit of this checkout; None once its outcome has been told."""
     watch: Watch | None = None
     """The appointment of this checkout with the watchdog."""
+    notes: RequestRecord | None = None
+    """The record of the request that this checkout belongs to, if it keeps one."""
+    since = 0.0
+    """When that checkout began."""
     inherited = False
     """Whether its connection is that of the process which this one was forked from."""
 
@@ -98,7 +105,9 @@ class Door(Pool):
         except BaseException as error:
             self._settle(permit, error)
             raise
-        record_of(checked_out).permit = permit
+        record = record_of(checked_out)
+        record.permit = permit
+        self._note_checkout(record)
         return checked_out
 
     def _ask(self) -> Permit:
@@ -131,8 +140,20 @@ class Door(Pool):
         self._conclude(record)
         super()._do_return_conn(record)
 
+    def _note_checkout(self, record: Any) -> None:
+        """Write the checkout into the request's record, where there is one."""
+        notes = current_record()
+        if notes is not None:
+            notes.connections += 1
+            record.notes = notes
+            record.since = monotonic()
+
     def _conclude(self, record: Any) -> None:
         """The checkout is over: end its appointment, record its outcome."""
+        notes: RequestRecord | None = getattr(record, "notes", None)
+        if notes is not None:
+            record.notes = None
+            notes.hold_time += monotonic() - record.since
         watch: Watch | None = getattr(record, "watch", None)
         if watch is not None:
             record.watch = None

@@ -15,7 +15,7 @@ from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.errors import CommitOutcomeUnknown, DeadlineExceeded, ResilienceError
 from resilientdb.policy.faults import Fault, Phase, classify, describe, evidence
 from resilientdb.runtime.clock import monotonic
-from resilientdb.runtime.context import Deadline, current_deadline
+from resilientdb.runtime.context import Deadline, current_deadline, is_read_only
 from resilientdb.runtime.watchdog import Watch, watchdog
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class _Hooks:
         try:
             self._commit(connection)
         except BaseException as error:
-            _mark_as_commit(error)
+            if not _cannot_have_written(record_of(connection)):
+                _mark_as_commit(error)
             raise
 
     def _do_rollback(self, connection: Any) -> None:
@@ -113,15 +114,18 @@ class _Hooks:
             context.invalidate_pool_on_disconnect = False
         self._settle(record, error, phase, cut=cut)
         fault = classify(error, phase)
-        if fault is Fault.WRONG_ROLE and not _asked_for_read_only(context):
-            # pre_ping would call this connection healthy for ever: it is, but it leads to the wrong node.
+        if fault.evicts_connection and not context.is_disconnect and self._is_unfit(fault, context):
+            # SQLAlchemy would keep it, and pre_ping would call it healthy for ever: it is, but it leads to the
+            # wrong node, or its session is beyond repair.
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
         in_doubt = phase is Phase.COMMIT and (fault is Fault.IN_DOUBT or cut)
         if not isinstance(error, Exception):
             # A cancellation stays one, or a task that was told to end would carry on.
             if in_doubt:
-                error.add_note("COMMIT was sent and its reply was not awaited: it may have been committed or not")
+                error.add_note(
+                    "COMMIT was sent and its reply was not awaited: it may have been committed or not"
+                )
             return None
         if in_doubt:
             return CommitOutcomeUnknown(
@@ -150,10 +154,21 @@ class _Hooks:
         else:
             node.breaker.release(permit)
 
+    def _is_unfit(self, fault: Fault, context: ExceptionContext) -> bool:
+        if not self._cluster.has_server:
+            return False
+        connection = context.connection
+        # A read-only transaction that the application asked for is the application's business.
+        return fault is not Fault.WRONG_ROLE or not (
+            connection is not None and connection.get_execution_options().get("postgresql_readonly")
+        )
 
-def _asked_for_read_only(context: ExceptionContext) -> bool:
-    connection = context.connection
-    return connection is not None and bool(connection.get_execution_options().get("postgresql_readonly"))
+
+def _cannot_have_written(record: Any) -> bool:
+    """Whether a COMMIT has nothing to commit, so that nothing is in doubt when it is lost. Both the caller and the
+    node must say so: a read that fell back to the primary could write, a replica may have been promoted."""
+    node = getattr(record, "node", None)
+    return is_read_only() and node is not None and node.role == "replica"
 
 
 _COMMIT_MARK = "_resilientdb_at_commit"

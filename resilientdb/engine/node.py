@@ -37,9 +37,10 @@ class Node:
         """Opens driver connections to this node; None: the user's own ``creator`` does."""
         self.pool: Door | None = None
         policy = cluster.resilience.breaker
-        self.breaker = CircuitBreaker(policy, name=name, on_move=self._on_move)
+        probed = policy.enabled and policy.probe_interval is not None and cluster.has_server
+        self.breaker = CircuitBreaker(policy, name=name, probed=probed, on_move=self._on_move)
         self._prober: Prober | None = None
-        if policy.enabled and policy.probe_interval is not None and cluster.may_probe:
+        if probed and policy.probe_interval is not None:
             # The prober's thread must not keep a forgotten engine alive, by the cluster neither.
             myself, driver = weakref.ref(self), cluster.driver
             self._prober = Prober(

@@ -7,6 +7,7 @@ SQLAlchemy calls, in this order: ``__init__`` (the URL with our options still in
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, make_url
@@ -137,23 +138,31 @@ def _split(value: str | Iterable[str]) -> list[str]:
     return [part.strip() for text in texts for part in text.split(",") if part.strip()]
 
 
+_HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:@/?\[\]]+))(?::([0-9]{1,5}))?")
+
+
 def _replica(primary: URL, replica: str | URL, key: str) -> URL:
     """A replica's URL: in full, or ``host:port`` with all else as the primary's."""
     if isinstance(replica, str) and "://" not in replica:
-        host, colon, port = replica.rpartition(":")
-        if colon and not port.isdigit():
+        place = _HOST_PORT.fullmatch(replica)
+        if place is None:
+            # Not quoted: it may hold a password.
             raise ConfigurationError(
-                f"{key}: {replica!r} is neither a URL nor host:port", key=key, value=replica
+                f"{key} is neither a URL (dialect+driver://user@host:port/database) nor host:port", key=key
             )
-        return primary.set(host=host if colon else replica, port=int(port) if colon else None)
+        bracketed, host, port = place.groups()
+        return primary.set(host=bracketed or host, port=int(port) if port else None)
     try:
-        url = make_url(replica)
-    except ArgumentError:
-        # Not chained: SQLAlchemy's message quotes the text, and with it the password.
+        url: URL | None = make_url(replica)
+    except (ArgumentError, ValueError):
+        url = (
+            None  # not chained, not even as context: the message may quote the text, and with it the password
+        )
+    if url is None:
         raise ConfigurationError(
             f"{key} is not a database URL (expected dialect+driver://user@host:port/database, or host:port)",
             key=key,
-        ) from None
+        )
     if url.get_backend_name() != primary.get_backend_name():
         raise ConfigurationError(
             f"{key} is a {url.get_backend_name()} URL, but the primary is {primary.get_backend_name()}: "

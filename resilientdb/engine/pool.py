@@ -179,11 +179,11 @@ class QueueDoor(Door, QueuePool):
             self._connect_failed(error, permit)
             raise
 
-    def _do_get(self) -> ConnectionPoolEntry:
+    def _do_get(self) -> Any:
         permit = self._breaker.permit
         if permit is not None:
             try:
-                record: ConnectionPoolEntry = self._next()
+                record: Any = self._next()
             except IndexError:
                 pass
             else:
@@ -191,6 +191,8 @@ class QueueDoor(Door, QueuePool):
                     return self._get_slowly(permit, record)
                 record.permit = permit  # type: ignore[attr-defined]
                 self._checkouts += 1
+                if current_record() is not None:
+                    self._note_checkout(record)
                 return record
             return self._get_slowly(permit)
         permit = self._ask()
@@ -214,7 +216,7 @@ class QueueDoor(Door, QueuePool):
             self._give_back(record)
             raise
 
-    def _get_slowly(self, permit: Permit, record: Any = None) -> ConnectionPoolEntry:
+    def _get_slowly(self, permit: Permit, record: Any = None) -> Any:
         """``record``: an idle one that has been taken already; None: take a slot, or wait for one."""
         deadline = current_deadline()
         if deadline is not None and deadline.remaining() <= 0:
@@ -227,7 +229,8 @@ class QueueDoor(Door, QueuePool):
             record = self._connected(record, deadline)
         record.permit = permit
         self._checkouts += 1
-        return record  # type: ignore[no-any-return]
+        self._note_checkout(record)
+        return record
 
     def _take_slot(self, deadline: Deadline | None) -> Any:
         """A slot: with its record, connected or not, or None for a new one. Waits in line if it must."""
@@ -344,6 +347,7 @@ class QueueDoor(Door, QueuePool):
         if (
             record.permit is breaker.permit
             and record.watch is None
+            and record.notes is None
             and record.dbapi_connection is not None
             and not self._line
             and len(idle) < self._keep
@@ -353,8 +357,7 @@ class QueueDoor(Door, QueuePool):
             if self._line or len(idle) > self._keep:
                 self._rebalance()
             return
-        if record.watch is not None or record.permit is not None:
-            self._conclude(record)
+        self._conclude(record)
         self._give_back(record)
 
     def _conclude(self, record: Any) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy import Engine
 from resilientdb.engine import retrying
 from resilientdb.engine.control import cluster_of
 from resilientdb.errors import ConfigurationError
-from resilientdb.policy.faults import Fault, classify
+from resilientdb.policy.faults import classify
 from resilientdb.runtime.context import current_deadline, deadline
 from resilientdb.runtime.context import read_only as read_only_scope
 
@@ -49,11 +49,7 @@ def run_transaction(
         raise ConfigurationError(
             "run_transaction got an async function: use run_transaction_async", key="function"
         )
-    if _is_async_engine(target):
-        raise ConfigurationError(
-            "run_transaction got an AsyncEngine: use run_transaction_async", key="target"
-        )
-    cluster = _cluster_behind(target)
+    cluster = _cluster_behind(target, is_async=False)
 
     def attempt() -> T:
         with target.begin() as work:
@@ -73,13 +69,17 @@ async def run_transaction_async(
     target: Any, function: Callable[..., Awaitable[T]], /, *args: Any, read_only: bool = False, **kwargs: Any
 ) -> T:
     """As ``run_transaction``, for an ``AsyncEngine`` or ``async_sessionmaker`` and an async function."""
-    if isinstance(target, Engine):
-        raise ConfigurationError("run_transaction_async got an Engine: use run_transaction", key="target")
-    cluster = _cluster_behind(target)
+    cluster = _cluster_behind(target, is_async=True)
 
     async def attempt() -> T:
         async with target.begin() as work:
-            return await function(work, *args, **kwargs)
+            result = function(work, *args, **kwargs)
+            if not inspect.isawaitable(result):
+                raise ConfigurationError(
+                    "run_transaction_async needs an async function; for a plain one use run_transaction",
+                    key="function",
+                )
+            return await result
 
     with _scopes(cluster, read_only=read_only):
         try:
@@ -96,16 +96,23 @@ def _is_async_engine(target: Any) -> bool:
     return isinstance(getattr(target, "sync_engine", None), Engine)
 
 
-def _cluster_behind(target: Any) -> Cluster:
-    if isinstance(target, Engine) or _is_async_engine(target):
-        return cluster_of(target)
-    bind = getattr(target, "kw", {}).get("bind")
-    if bind is None:
+def _cluster_behind(target: Any, *, is_async: bool) -> Cluster:
+    is_engine = isinstance(target, Engine) or _is_async_engine(target)
+    engine = target if is_engine else getattr(target, "kw", {}).get("bind")
+    if engine is None:
         raise ConfigurationError(
             f"{type(target).__name__} is neither an engine nor a sessionmaker with a bind: give one of them",
             key="target",
         )
-    return cluster_of(bind)
+    if _is_async_engine(engine) is not is_async:
+        name, other = "run_transaction", "run_transaction_async"
+        if is_async:
+            name, other = other, name
+        raise ConfigurationError(
+            f"{name} got {'a sessionmaker of ' * (not is_engine)}an {type(engine).__name__}: use {other}",
+            key="target",
+        )
+    return cluster_of(engine)
 
 
 @contextlib.contextmanager
@@ -120,8 +127,7 @@ def _scopes(cluster: Cluster, *, read_only: bool) -> Any:
 
 def _may_run_again(error: BaseException) -> bool:
     fault = classify(error)
-    # A failed connect has been retried by the pool already; retrying that again would multiply the attempts.
-    return fault.retry_transaction and fault is not Fault.CANNOT_CONNECT
+    return fault.retry_transaction
 
 
 def _rules(cluster: Cluster) -> dict[str, Any]:

@@ -64,7 +64,10 @@ class BreakerCore:
 
     __slots__ = (
         "_absorbed_at",
+        "_by_hand",
+        "_opened_at",
         "_policy",
+        "_probed",
         "_probes",
         "_seen_dead",
         "_window",
@@ -73,8 +76,12 @@ class BreakerCore:
         "state",
     )
 
-    def __init__(self, policy: BreakerPolicy, now: float) -> None:
+    def __init__(self, policy: BreakerPolicy, now: float, *, probed: bool = False) -> None:
+        """``probed``: a background prober looks after the node, and closes the circuit as soon as it can."""
         self._policy = policy
+        self._probed = probed
+        self._by_hand = False
+        self._opened_at = now
         self._window = Window(policy.window)
         self._absorbed_at = now
         self._probes: dict[Permit, None] = {}
@@ -128,7 +135,7 @@ class BreakerCore:
 
     def prober_succeeded(self, now: float) -> Transition | None:
         """The background prober got an answer."""
-        if self.state == CLOSED:
+        if self.state == CLOSED or self._by_hand:
             return None
         if self._seen_dead:
             return self._move(CLOSED, now, "the prober got an answer")
@@ -157,16 +164,27 @@ class BreakerCore:
         return self._move(OPEN, now, f"the prober failed: {cause}")
 
     def force(self, state: str, now: float, cause: str) -> Transition | None:
-        """Move by hand. An open circuit counts its reset timeout from now."""
-        return self._move(state, now, cause) if state != self.state else None
+        """Move by hand. A circuit opened so counts its reset timeout from now, and no prober closes it before."""
+        moved = self._move(state, now, cause) if state != self.state else None
+        self._by_hand = state == OPEN
+        self.failing_since = now
+        return moved
 
     def retry_after(self, now: float) -> float | None:
-        """Seconds until a call may be let through; None when closed."""
+        """Seconds after which another call makes sense; None when closed.
+
+        Without a prober, the time until the circuit lets a call through. With one, it may close at any moment:
+        an outage is then expected to last about as long as it has lasted (as good a guess as any, and it spreads
+        those who come back), up to the reset timeout.
+        """
         if self.state == CLOSED:
             return None
         if self.state == HALF_OPEN:
             return 0.0
-        return max(0.0, self.failing_since + self._policy.reset_timeout - now)
+        remaining = max(0.0, self.failing_since + self._policy.reset_timeout - now)
+        if not self._probed or self._by_hand:
+            return remaining
+        return min(now - self._opened_at, self._policy.reset_timeout)
 
     def rate(self, now: float) -> float:
         """Successes a second over the window: how fast callers are being served."""
@@ -177,8 +195,11 @@ class BreakerCore:
         self.state = state
         self._probes.clear()
         self.closed_permit = Permit(probe=False, issued_at=now) if state == CLOSED else None
+        self._by_hand = False
         if state == OPEN:
             self.failing_since = now
+            if transition.old == CLOSED:
+                self._opened_at = now
         if state == CLOSED:
             self._window.clear()
             self._absorbed_at = now

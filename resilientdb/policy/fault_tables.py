@@ -40,9 +40,10 @@ class Fault(enum.Enum):
 
     #                   slug                 failure healthy connect transaction evicts
     CONNECTION_LOST = ("connection-lost", True, False, True, True, True)
-    CANNOT_CONNECT = ("cannot-connect", True, False, True, True, True)
+    # Not run again as a transaction: the pool has retried the connect already, and attempts must not multiply.
+    CANNOT_CONNECT = ("cannot-connect", True, False, True, False, True)
     # The node works, it is only not the one that was meant: a matter of routing, not of the breaker.
-    WRONG_ROLE = ("wrong-role", False, False, True, True, True)
+    WRONG_ROLE = ("wrong-role", False, False, False, True, True)
     RETRY_TRANSACTION = ("retry-transaction", False, True, False, True, False)
     # A lost reply or a caller that gave up: the breaker, which must tell them apart, asks evidence().
     IN_DOUBT = ("in-doubt", False, False, False, False, True)

@@ -57,11 +57,12 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         *,
         name: str,
         clock: Clock = monotonic,
+        probed: bool = False,
         on_move: Callable[[Transition], object] | None = None,
     ) -> None:
         self._guard = threading.RLock()
         self._clock = clock
-        self._core = BreakerCore(policy, clock())
+        self._core = BreakerCore(policy, clock(), probed=probed)
         self._emitter = Emitter()
         self._on_move = on_move
         self.policy = policy

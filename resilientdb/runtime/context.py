@@ -64,11 +64,13 @@ class Deadline:
 class RequestRecord:
     """What one request did to the pools; filled in by the pools, read by the web edge. Seconds."""
 
+    connections: int = 0
+    """Checkouts."""
     waits: int = 0
+    """Checkouts that had to wait in line."""
     wait_time: float = 0.0
     hold_time: float = 0.0
-    connections: int = 0
-    nodes: str = ""
+    """From checkout to checkin, of the connections given back so far."""
 
 
 _deadline: ContextVar[Deadline | None] = ContextVar("resilientdb_deadline", default=None)

@@ -110,7 +110,9 @@ class Watchdog:
 
     def _compact(self) -> None:
         entries, self._heap = self._heap, []
-        self._heap += [entry for entry in entries if _is_due(entry)]  # beside what came in meanwhile, see _lock
+        self._heap += [
+            entry for entry in entries if _is_due(entry)
+        ]  # beside what came in meanwhile, see _lock
         heapq.heapify(self._heap)
         self._compact_at = max(1024, 2 * len(self._heap))
 

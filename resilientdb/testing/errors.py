@@ -10,8 +10,6 @@
     HistoryViolation(AssertionError)   the database broke its promise to the workload
 """
 
-
-
 from __future__ import annotations
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from . import breaker, checkout, contention, import_time, refused, select_one
 from .measure import FULL, QUICK, SMOKE
 from .overload import harness as overload
-from .report import as_json, machine, render, render_targets
+from .report import as_json, into_document, machine, render, render_targets
 from .systems import Bench
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _BENCHMARKS: dict[str, Callable[[Bench], Report]] = {
     "import": import_time.run,
     "overload": overload.run,
 }
+_DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(_BENCHMARKS)}; all if none")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything there")
+    parser.add_argument("--docs", action="store_true", help="also put the tables into docs/benchmarks.md")
     parser.add_argument(
         "--quick", action="store_const", const=QUICK, dest="scale", help="shorter and noisier"
     )
@@ -56,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{render_targets(reports)}")
     if options.json is not None:
         options.json.write_text(as_json(reports), encoding="utf-8")
+    if options.docs:
+        how = {FULL: "a full run", QUICK: "a --quick run"}.get(options.scale, "a smoke run: worthless")
+        into_document(_DOCUMENT, reports, how)
     return 0
 
 

@@ -86,7 +86,7 @@ SMOKE = Scale(
     threads=(8,),
     loads=(2,),
     contestants=2,
-    load_time=0.5,
+    load_time=0.3,
     tail_time=1.5,
     imports=1,
 )

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from .measure import Spread
 
-__all__ = ["Report", "Row", "Target", "as_json", "machine", "render", "render_targets"]
+__all__ = ["Report", "Row", "Target", "as_json", "into_document", "machine", "render", "render_targets"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Report:
 
 def render(report: Report) -> str:
     """A table to be read in a terminal; also valid Markdown."""
+    return f"## {report.name}: {report.about}\n\n{render_rows(report)}"
+
+
+def render_rows(report: Report) -> str:
     columns = list(dict.fromkeys(key for row in report.rows for key in row.figures))
     head = ["case", "system", *columns, f"{report.ratio_of} ratio to the first"]
     body = [
@@ -77,7 +82,7 @@ def render(report: Report) -> str:
         ]
         for row in report.rows
     ]
-    lines = [f"## {report.name}: {report.about}", "", *_table(head, body)]
+    lines = _table(head, body)
     if report.notes:
         lines += ["", *(f"- {note}" for note in report.notes)]
     return "\n".join(lines)
@@ -109,6 +114,26 @@ def _cell(value: float | Spread | str | None) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)
+
+
+def into_document(path: Path, reports: Sequence[Report], how: str) -> None:
+    """Put the tables where the document has ``<!-- figures: NAME -->`` … ``<!-- /figures -->``."""
+    text = path.read_text(encoding="utf-8")
+    parts = {report.name: _with_targets(report) for report in reports}
+    parts["machine"] = f"{how}; " + ", ".join(f"{name} {value}" for name, value in machine().items())
+    for name, part in parts.items():
+        opening, closing = f"<!-- figures: {name} -->\n", "<!-- /figures -->"
+        before, found, rest = text.partition(opening)
+        _, closed, after = rest.partition(closing)
+        if not (found and closed):
+            raise ValueError(f"{path} has no place for the figures of {name}")
+        text = f"{before}{opening}\n{part}\n\n{closing}{after}"
+    path.write_text(text, encoding="utf-8")
+
+
+def _with_targets(report: Report) -> str:
+    told = [f"- {'met' if target.met else '**missed**'}: {target.what} {target}" for target in report.targets]
+    return "\n".join([render_rows(report), *([""] if told and not report.notes else []), *told])
 
 
 def as_json(reports: Sequence[Report]) -> str:
@@ -148,7 +173,11 @@ def _row(row: Row) -> dict[str, Any]:
 
 def machine() -> dict[str, str]:
     """What the figures depend on, without a word of where they were taken."""
-    found = {"cores": str(os.cpu_count()), "system": platform.system(), "python": platform.python_version()}
+    found = {
+        "shared cores": str(os.cpu_count()),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
     for package in ("sqlalchemy", "psycopg", "asyncpg", "psycopg_pool", "pybreaker"):
         try:
             found[package] = version(package)

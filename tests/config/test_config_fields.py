@@ -157,6 +157,7 @@ DEFAULTS = {
     "queue.timeout": 5.0,
     "retry.attempts": 3,
     "retry.timeout": 10.0,
+    "retry.wait_when_open": False,
     "retry.backoff.initial": 0.05,
     "retry.backoff.maximum": 2.0,
     "retry.backoff.multiplier": 2.0,

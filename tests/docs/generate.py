@@ -139,12 +139,7 @@ MEANINGS = {
 
 
 def faults() -> str:
-    """The table of ``failure-modes.md``: each ``Fault`` and what follows from it.
-
-    Three cells differ from the fault's own columns, because the engine does: the acquisition of a connection is
-    not retried on a wrong role (``Cluster.may_retry``), nor a transaction on a failed connect
-    (``transaction._may_run_again``), and nothing closes a connection over a configuration error.
-    """
+    """The table of ``failure-modes.md``: each ``Fault`` and what follows from it."""
     rows = [
         [
             "fault",
@@ -166,9 +161,9 @@ def faults() -> str:
                 f"`{fault.value}`",
                 MEANINGS[fault],
                 breaker,
-                "yes" if fault.retry_connect and fault is not Fault.WRONG_ROLE else "no",
-                "yes" if fault.retry_transaction and fault is not Fault.CANNOT_CONNECT else "no",
-                "closed" if fault.evicts_connection and fault is not Fault.CONFIGURATION else "kept",
+                "yes" if fault.retry_connect else "no",
+                "yes" if fault.retry_transaction else "no",
+                "closed" if fault.evicts_connection else "kept",
                 _http(fault),
             ]
         )

@@ -33,6 +33,8 @@ class FakeConnection:
             self.is_open = False
             self.database.close_one()
 
+    terminate = close
+
 
 class FakeDatabase:
     """``connect`` is a pool's creator. ``_lock`` guards the counts."""

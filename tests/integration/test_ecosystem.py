@@ -441,6 +441,8 @@ def test_alembic(
     fill_in(f"{PLUGIN}&resilientdb_profile=batch")
     _alembic(tmp_path, "upgrade", "head")
     assert tables() == ["alembic_version", "thing"]
+    if template == "async":
+        return
     assert "0001 (head)" in _alembic(tmp_path, "current")
     _alembic(tmp_path, "downgrade", "base")
     assert tables() == ["alembic_version"]

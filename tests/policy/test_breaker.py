@@ -30,8 +30,11 @@ class Circuit(RuleBasedStateMachine):
         self.outcomes: list[tuple[float, bool]] = []
         self.last_failure = 0.0
         self.seen_dead = False
+        self.by_hand = False
 
-    @initialize(minimum=st.integers(1, 4), threshold=st.sampled_from([0.25, 0.5, 1.0]), most=st.integers(1, 3))
+    @initialize(
+        minimum=st.integers(1, 4), threshold=st.sampled_from([0.25, 0.5, 1.0]), most=st.integers(1, 3)
+    )
     def make(self, minimum: int, threshold: float, most: int) -> None:
         self.policy = BreakerPolicy(
             failure_rate_threshold=threshold,
@@ -53,6 +56,7 @@ class Circuit(RuleBasedStateMachine):
         self.state = new
         self.period += 1
         self.probes.clear()
+        self.by_hand = False
         if new == OPEN:
             self.last_failure = self.now
         if new == CLOSED:
@@ -132,7 +136,7 @@ class Circuit(RuleBasedStateMachine):
     @rule()
     def prober_answers(self) -> None:
         moved = self.core.prober_succeeded(self.now)
-        if self.state == CLOSED:
+        if self.state == CLOSED or self.by_hand:
             self.expect(moved, None)
         elif self.seen_dead:
             self.expect(moved, CLOSED)
@@ -150,6 +154,8 @@ class Circuit(RuleBasedStateMachine):
     def force(self, state: str) -> None:
         moved = self.core.force(state, self.now, "by hand")
         self.expect(moved, None if state == self.state else state)
+        self.by_hand = state == OPEN
+        self.last_failure = self.now
 
     @rule(number=st.integers(0, 4))
     def absorb(self, number: int) -> None:
@@ -267,3 +273,23 @@ def test_successes_are_absorbed_into_closed_periods_only() -> None:
     assert core.rate(101.0) == 0
     core.absorb(100, 106.0)
     assert core.rate(106.0) == pytest.approx(10.0), "counted from when it closed, not from when it opened"
+
+
+def test_with_a_prober_an_outage_is_expected_to_last_as_long_as_it_has() -> None:
+    core = BreakerCore(BreakerPolicy(reset_timeout=5.0), 100.0, probed=True)
+    core.prober_failed(100.0, "silence")
+    assert core.retry_after(100.5) == pytest.approx(0.5)
+    core.prober_failed(103.0, "silence")
+    assert core.retry_after(103.0) == pytest.approx(3.0)
+    core.prober_failed(130.0, "silence")
+    assert core.retry_after(130.0) == 5.0
+
+
+def test_a_circuit_opened_by_hand_stays_so_whatever_the_prober_sees() -> None:
+    core = BreakerCore(BreakerPolicy(reset_timeout=5.0), 100.0, probed=True)
+    core.force(OPEN, 100.0, "maintenance")
+    assert core.prober_succeeded(101.0) is None
+    assert core.retry_after(101.0) == pytest.approx(4.0)
+    permit, _ = core.try_acquire(105.0)
+    assert permit is not None
+    assert permit.probe

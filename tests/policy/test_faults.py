@@ -341,8 +341,8 @@ def test_a_plan_for_each_fault() -> None:
     no, yes = False, True
     assert {fault.name: plan(fault) for fault in Fault} == {
         "CONNECTION_LOST": (yes, no, yes, yes, yes),
-        "CANNOT_CONNECT": (yes, no, yes, yes, yes),
-        "WRONG_ROLE": (no, no, yes, yes, yes),
+        "CANNOT_CONNECT": (yes, no, yes, no, yes),
+        "WRONG_ROLE": (no, no, no, yes, yes),
         "RETRY_TRANSACTION": (no, yes, no, yes, no),
         "IN_DOUBT": (no, no, no, no, yes),
         "OVERLOAD": (yes, no, yes, no, no),

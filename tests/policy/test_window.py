@@ -8,7 +8,9 @@ from hypothesis import example, given, strategies as st
 
 from resilientdb.policy.window import Window
 
-STEPS = st.lists(st.tuples(st.sampled_from([0.0, 0.125, 0.5, 1.0, 3.0, 9.5, 10.0, 1e6]), st.booleans()), max_size=40)
+STEPS = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.125, 0.5, 1.0, 3.0, 9.5, 10.0, 1e6]), st.booleans()), max_size=40
+)
 
 
 @given(steps=STEPS, length=st.sampled_from([1.0, 10.0]), slices=st.sampled_from([1, 2, 8]))

@@ -96,9 +96,7 @@ def test_an_interrupted_caller_leaves_its_work_to_be_adopted(adopt: Adoption) ->
     caller = threading.Thread(target=call)
     caller.start()
     assert started.wait(10)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(caller.ident or 0), ctypes.py_object(Interrupt)
-    )
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller.ident or 0), ctypes.py_object(Interrupt))
     caller.join(10)
     assert [type(cause) for cause in causes] == [Interrupt]
     assert adopt.calls == []

@@ -134,7 +134,8 @@ def _page(report: Report, data_name: str) -> str:
 _PHASE_NOTE: Final = (
     "“Answered in time” is a 2xx within the client's deadline. “Back to normal” is the time from the end of the "
     "fault (for promote, from the moment there was a primary again) until half a second in which at least 95 % "
-    "were answered in time; “> 3.0 s” means not before the next fault began."
+    "were answered in time; “> 3.0 s” means not before the next fault began. “Errors” is whatever else came: a 500, "
+    "a broken connection, and the honest answer that nobody knows whether a write was stored."
 )
 _WRITE_NOTE: Final = (
     "After the run, the table of the surviving database was compared with what each client was told. There is no "
@@ -326,7 +327,7 @@ def _goal_table(verdict: Verdict) -> str:
 def _failure_tables(verdict: Verdict) -> str:
     rows = [(app, words, count) for app in APPS for words, count in verdict.errors[app].items()]
     rows += [("guarded", f"refused: {reason}", count) for reason, count in verdict.reasons.items()]
-    return _table(("application", "what", "requests"), rows, "facts")
+    return _table(("application", "what", "requests"), rows, "facts causes")
 
 
 def _proofs(verdict: Verdict) -> str:

@@ -98,7 +98,7 @@ class Screen:
         self.console.print()
         wide = self.console.width >= _WIDE
         self.console.print(_wide_table(verdict) if wide else _narrow_table(verdict))
-        self.console.print(Text(_NOTE, style="dim"))
+        self.console.print(Text(_NOTE, style="dim"), soft_wrap=True)
         self.console.print(Text("\nAltogether", style="bold"))
         for app in APPS:
             total = verdict.totals[app]
@@ -196,8 +196,8 @@ def _failed(figures: Figures) -> int:
 
 
 _NOTE: Final = (
-    "503 and retry: refused in time, with a Retry-After. errors: whatever else came. back to normal: counted from the "
-    "end of the fault."
+    "503 and retry: refused in time, with a Retry-After. errors: whatever else came. back to normal: counted from "
+    "the end of the fault."
 )
 _HEADINGS: Final = (
     ("answered", "in time"),

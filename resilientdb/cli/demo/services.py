@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
+import importlib
 import os
 import platform
 import sys
@@ -61,6 +62,8 @@ class Services:
 
     def start(self, interrupts: Interrupts, say: Callable[[str], None]) -> None:
         """Start everything; ``say`` is told what is being done. Raises ``testing.TestingError``."""
+        for driver in ("psycopg", self.driver):  # the first for the demo's own questions
+            importlib.import_module(driver)
         say("looking for Toxiproxy (built once where there is none: about half a minute)")
         binary = locate_toxiproxy()
         say("starting PostgreSQL")

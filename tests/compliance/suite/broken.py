@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.engine import CreateEnginePlugin
+
 from resilientdb.engine.plugin import ResilientPlugin
 from resilientdb.engine.pool import AsyncQueueDoor, QueueDoor
-from sqlalchemy.engine import CreateEnginePlugin
 
 if TYPE_CHECKING:
     from sqlalchemy import URL, Engine
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 class _InExcept(QueueDoor):
     def connect(self) -> PoolProxiedConnection:
         try:
-            raise LookupError("nothing idle")
+            raise LookupError("nothing idle")  # noqa: TRY301 - it is the fault
         except LookupError:
             return super().connect()  # its errors now drag this one along
 
@@ -39,7 +40,8 @@ class Forgetful(ResilientPlugin):
 
     def engine_created(self, engine: Engine) -> None:
         super().engine_created(engine)
-        engine.dialect.reset_isolation_level = lambda _connection: None  # type: ignore[method-assign]
+        dialect: Any = engine.dialect
+        dialect.reset_isolation_level = lambda _connection: None
 
 
 class Absent(CreateEnginePlugin):
