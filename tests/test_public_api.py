@@ -23,16 +23,36 @@ if TYPE_CHECKING:
     from resilientdb.runtime.breaker import CircuitBreaker
     from resilientdb.stats import NodeStats, Snapshot
 
-NAMES = """
-create_engine create_async_engine
-Resilience SaturationQueue RetryPolicy Backoff RetryBudget BreakerPolicy Routing Lifecycle
-deadline read_only criticality
-run_transaction run_transaction_async
-control Control
-ResilienceError PoolSaturated PoolTimeout CircuitOpen DeadlineExceeded NoPrimaryAvailable NoReplicaAvailable
-PoolDraining CommitOutcomeUnknown ConfigurationError
-__version__
-""".split()
+NAMES = [
+    "create_engine",
+    "create_async_engine",
+    "Resilience",
+    "SaturationQueue",
+    "RetryPolicy",
+    "Backoff",
+    "RetryBudget",
+    "BreakerPolicy",
+    "Routing",
+    "Lifecycle",
+    "deadline",
+    "read_only",
+    "criticality",
+    "run_transaction",
+    "run_transaction_async",
+    "control",
+    "Control",
+    "ResilienceError",
+    "PoolSaturated",
+    "PoolTimeout",
+    "CircuitOpen",
+    "DeadlineExceeded",
+    "NoPrimaryAvailable",
+    "NoReplicaAvailable",
+    "PoolDraining",
+    "CommitOutcomeUnknown",
+    "ConfigurationError",
+    "__version__",
+]
 
 
 def test_the_names() -> None:
@@ -73,7 +93,7 @@ def test_the_signatures(name: str) -> None:
 
 OPTIONS = {
     "SaturationQueue": "max_waiting timeout",
-    "RetryPolicy": "attempts timeout backoff budget",
+    "RetryPolicy": "attempts timeout wait_when_open backoff budget",
     "Backoff": "initial maximum multiplier jitter",
     "RetryBudget": "ratio window floor",
     "BreakerPolicy": "failure_rate_threshold minimum_calls window reset_timeout half_open_max_calls probe_interval "
@@ -132,7 +152,7 @@ def test_errors_survive_a_task_queue() -> None:
     for kind in ERRORS:
         error = kind("what happened")
         error.retry_after = 2.5
-        error.snapshot = stats  # type: ignore[assignment]
+        error.snapshot = stats
         again = pickle.loads(pickle.dumps(error))
         assert (type(again), str(again), again.retry_after, again.snapshot) == (
             kind,

@@ -16,7 +16,7 @@ from resilientdb.config import Resilience
 from resilientdb.engine import retrying
 from resilientdb.engine.drivers import driver_of
 from resilientdb.engine.node import Node
-from resilientdb.errors import CircuitOpen, NoPrimaryAvailable, NoReplicaAvailable
+from resilientdb.errors import CircuitOpen, NoPrimaryAvailable, NoReplicaAvailable, ResilienceError
 from resilientdb.events import (
     AcquisitionRetried,
     Event,
@@ -111,12 +111,14 @@ class Cluster:
 
     def may_retry(self, error: BaseException) -> bool:
         """Whether a failed acquisition is worth another attempt."""
-        return self.resilience.retry.attempts > 1 and (
-            classify(error, Phase.CONNECT).retry_connect or self._waits_out(error)
-        )
+        if isinstance(error, ResilienceError):
+            return self.waits_out(error)
+        return self.resilience.retry.attempts > 1 and classify(error, Phase.CONNECT).retry_connect
 
-    def _waits_out(self, error: BaseException) -> bool:
-        return self.resilience.retry.wait_when_open and isinstance(error, _REFUSALS)
+    def waits_out(self, refusal: ResilienceError) -> bool:
+        """Whether a refusal is to be waited out, because nobody waits for the answer."""
+        retry = self.resilience.retry
+        return retry.wait_when_open and retry.attempts > 1 and isinstance(refusal, _REFUSALS)
 
     def retry_acquisition(
         self, attempt: Callable[[], T], first: Exception, pause: Callable[[float], None], node: str

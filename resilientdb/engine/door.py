@@ -53,7 +53,30 @@ class Record(ConnectionRecord):
 
     def __init__(self, pool: Door) -> None:
         self.node = pool.node
+        self._pool = pool
         super().__init__(pool)
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        """As SQLAlchemy's, but a finalizer or a ``checkin`` listener that raises does not cost the slot."""
+        if self.fairy_ref is None:
+            super().checkin(_fairy_was_created)
+            return
+        self.fairy_ref = None
+        connection = self.dbapi_connection
+        try:
+            while self.finalize_callback:
+                finalizer = self.finalize_callback.pop()
+                if connection is not None:
+                    finalizer(connection)
+            if self._pool.dispatch.checkin:
+                self._pool.dispatch.checkin(connection, self)
+        except BaseException as error:
+            try:
+                self.invalidate(error)  # its user, who sees the error, may believe that it still has it
+            finally:
+                self._pool._do_return_conn(self)  # noqa: SLF001
+            raise
+        self._pool._do_return_conn(self)  # noqa: SLF001
 
 
 class Door(Pool):
@@ -137,8 +160,10 @@ class Door(Pool):
         return Record(self)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        self._conclude(record)
-        super()._do_return_conn(record)
+        try:
+            self._conclude(record)
+        finally:
+            super()._do_return_conn(record)
 
     def _note_checkout(self, record: Any) -> None:
         """Write the checkout into the request's record, where there is one."""

@@ -72,8 +72,7 @@ class _Hooks:
 
     def _do_rollback(self, connection: Any) -> None:
         deadline = current_deadline()
-        record = record_of(connection)
-        if deadline is not None and record is not None:
+        if deadline is not None and (record := record_of(connection)) is not None:
             self._appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))
         self._rollback(connection)
 

@@ -155,9 +155,8 @@ def _replica(primary: URL, replica: str | URL, key: str) -> URL:
     try:
         url: URL | None = make_url(replica)
     except (ArgumentError, ValueError):
-        url = (
-            None  # not chained, not even as context: the message may quote the text, and with it the password
-        )
+        # Not chained, not even as context: the message may quote the text, and with it the password.
+        url = None
     if url is None:
         raise ConfigurationError(
             f"{key} is not a database URL (expected dialect+driver://user@host:port/database, or host:port)",

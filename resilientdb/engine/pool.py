@@ -20,7 +20,7 @@ from sqlalchemy.util.queue import Empty
 
 from resilientdb.engine.compat import await_only, checkout, greenlet_spawn
 from resilientdb.engine.door import Door
-from resilientdb.errors import DeadlineExceeded, PoolSaturated, PoolTimeout
+from resilientdb.errors import DeadlineExceeded, PoolSaturated, PoolTimeout, ResilienceError
 from resilientdb.policy.breaker import Permit
 from resilientdb.policy.saturation import Admission
 from resilientdb.runtime.bounded import LeftBehind, run_in_task, run_in_thread
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from resilientdb.engine.node import Node
-    from resilientdb.errors import ResilienceError
 
 __all__ = ["AsyncQueueDoor", "IdleConnections", "QueueDoor", "guarded"]
 
@@ -164,6 +163,11 @@ class QueueDoor(Door, QueuePool):
         permit = self._breaker.permit
         try:
             return checkout(self)
+        except ResilienceError as refusal:
+            # Our own: nothing was asked of the node, so there is nothing to classify and nothing to settle.
+            if not self.cluster.waits_out(refusal):
+                raise
+            first: Exception = refusal
         except Exception as error:
             self._connect_failed(error, permit)
             if not self.cluster.may_retry(error):
@@ -189,7 +193,7 @@ class QueueDoor(Door, QueuePool):
             else:
                 if self._invalidate_time > record.starttime and current_deadline() is not None:
                     return self._get_slowly(permit, record)
-                record.permit = permit  # type: ignore[attr-defined]
+                record.permit = permit
                 self._checkouts += 1
                 if current_record() is not None:
                     self._note_checkout(record)
@@ -211,7 +215,7 @@ class QueueDoor(Door, QueuePool):
         try:
             record.get_connection()
         except BaseException as error:
-            record.permit = None
+            record.permit = record.notes = None
             record.invalidate(error)
             self._give_back(record)
             raise
@@ -357,8 +361,10 @@ class QueueDoor(Door, QueuePool):
             if self._line or len(idle) > self._keep:
                 self._rebalance()
             return
-        self._conclude(record)
-        self._give_back(record)
+        try:
+            self._conclude(record)
+        finally:
+            self._give_back(record)
 
     def _conclude(self, record: Any) -> None:
         if record.dbapi_connection is None and record.permit is not None:
@@ -384,25 +390,30 @@ class QueueDoor(Door, QueuePool):
                     waiter = self._admission.vacate()
                     if waiter is None and record is not None:
                         self._shells.append(record)
-                elif self._keep == 0:
-                    surplus = True
                 else:
-                    waiter = self._admission.next_in_line()
-                    if waiter is None and len(self._idle) < self._keep:
+                    # A pool that has been replaced keeps none, not for those who still wait either.
+                    waiter = self._admission.next_in_line() if self._keep else None
+                    surplus = waiter is None and len(self._idle) >= self._keep
+                    if waiter is None and not surplus:
                         self._idle.append(record)
-                    elif waiter is None:
-                        surplus = True
                 if waiter is not None:
                     waiter.granted = record
             finally:
                 self._leave()
             if surplus:
-                # Closed before its slot is free, so that the server never sees more than the limit.
-                self._closed += 1
-                record.close()
-                record = None
-            elif waiter is None or waiter.wake():
+                self._discard(record)
                 return
+            if waiter is None or waiter.wake():
+                return
+
+    def _discard(self, record: Any) -> None:
+        """Close a connection that nobody holds, then give its slot back, whatever a listener makes of it."""
+        # In this order, so that the server never sees more than the limit.
+        self._closed += 1
+        try:
+            record.close()
+        finally:
+            self._give_back(None)
 
     def _match(self) -> None:
         """Inside the section: give idle connections to those who wait, where both came to be at once."""
@@ -450,9 +461,7 @@ class QueueDoor(Door, QueuePool):
 
     def _close_idle(self) -> None:
         while (record := self._take_idle()) is not None:
-            self._closed += 1
-            record.close()
-            self._give_back(record)
+            self._discard(record)
         self._shells.clear()
 
     def retire(self) -> None:

@@ -113,6 +113,11 @@ class NodeProbe:
                 row = cursor.fetchone()
             finally:
                 cursor.close()
+        except Exception as error:
+            if watch is not None and watch.end():
+                # What the driver saw is our own cut; what happened is silence.
+                raise TimeoutError(f"no answer within {self._timeout:g} s") from error
+            raise
         finally:
             if watch is not None:
                 watch.end()

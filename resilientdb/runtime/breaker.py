@@ -48,7 +48,8 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
     interpreter without a global lock an addition may get lost; the share of failures is then overstated by
     that much.) ``_guard`` guards the core; it is never held while a listener, a storage or anything of the
     user's runs. A garbage collection may run inside it all the same and give a forgotten connection back in this
-    very thread: what that reports is put off until the section has ended. ``on_move`` is called for each transition after the lock is released, in order.
+    very thread: what that reports is put off until the section has ended. ``on_move`` is called for each
+    transition after the lock is released, in order.
     """
 
     def __init__(
@@ -246,8 +247,9 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         self._emitter.deliver()
 
     def _is_inside(self) -> bool:
-        """Whether this very thread is inside the guarded section: then a finalizer is running in the middle of it."""
-        return self._guard._is_owned()  # type: ignore[attr-defined]  # noqa: SLF001 - what threading.Condition asks
+        """Whether this very thread is inside the guarded section: then a finalizer runs in the middle of it."""
+        # What threading.Condition asks of an RLock, too.
+        return bool(self._guard._is_owned())  # type: ignore[attr-defined]  # noqa: SLF001
 
     def _absorb(self) -> float:
         """Bring the core up to date; returns the time it is."""

@@ -110,15 +110,16 @@ class Watchdog:
 
     def _compact(self) -> None:
         entries, self._heap = self._heap, []
-        self._heap += [
-            entry for entry in entries if _is_due(entry)
-        ]  # beside what came in meanwhile, see _lock
+        # Added to what came in meanwhile, see _lock.
+        self._heap += [entry for entry in entries if _is_due(entry)]
         heapq.heapify(self._heap)
         self._compact_at = max(1024, 2 * len(self._heap))
 
     def _run(self) -> None:
         while True:
             with self._lock:
+                while self._heap and not _is_due(self._heap[0]):
+                    heapq.heappop(self._heap)  # called off: not worth waking up for
                 while not self._heap:
                     self._lock.wait()
                 at, _, reference = self._heap[0]

@@ -79,7 +79,7 @@ def make_pool(database: FakeDatabase) -> Callable[..., QueueDoor]:
     """A pool of real threads over ``database``: no overflow, no patience to speak of, and all else as given."""
 
     def make(size: int, *, resilience: Resilience | None = None, **options: Any) -> QueueDoor:
-        dialect = sqlite.dialect()  # type: ignore[no-untyped-call]
+        dialect = sqlite.dialect()
         cluster = Cluster(resilience or Resilience(), dialect, [("db", "unknown", None)])
         options = {"max_overflow": 0, "timeout": 10.0, **options}
         return QueueDoor(

@@ -151,7 +151,7 @@ def test_replicas_as_they_may_be() -> None:
 
 
 def test_a_finished_pool_or_an_own_creator() -> None:
-    finished = sa_pool.QueuePool(lambda: None)  # type: ignore[arg-type, return-value]
+    finished = sa_pool.QueuePool(lambda: None)  # type: ignore[arg-type]
     refused(lambda: create(pool=finished), "pool=", "poolclass=", key="pool")
     refused(
         lambda: create(creator=lambda: None, replicas=["b:1"]),
@@ -179,7 +179,7 @@ def test_an_async_engine_behind_wsgi_and_the_other_way_round() -> None:
     Asgi(
         app, engine=create()
     )  # a sync engine used from an ASGI application's worker threads is a common thing
-    with pytest.raises(sa.exc.ArgumentError, match="AsyncEngine|async"):
+    with pytest.raises(sa.exc.ArgumentError, match=r"AsyncEngine|async"):
         rdb.create_async_engine(URL, poolclass=sa_pool.QueuePool)
     with pytest.raises(sa.exc.InvalidRequestError, match="not async"):
         rdb.create_async_engine(f"postgresql+psycopg2://app:{SECRET}@127.0.0.1:1/app")

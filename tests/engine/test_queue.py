@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -281,6 +280,26 @@ def test_who_waits_is_told_when_the_circuit_opens(make_pool: MakePool, database:
     held.close()
     pool.node.breaker.close()
     assert_whole(pool, database, 1)
+
+
+def test_a_listener_that_takes_its_time_keeps_nobody_waiting(make_pool: MakePool) -> None:
+    pool = make_pool(1, timeout=60.0)
+    held, listening, go_on = pool.connect(), threading.Event(), threading.Event()
+
+    def slow(_event: object) -> None:
+        listening.set()
+        assert go_on.wait(10)
+
+    pool.cluster.listen(slow)
+    with ThreadPoolExecutor(2) as threads:
+        waiting = threads.submit(pool.connect)
+        until_waiting(pool, 1)
+        opening = threads.submit(pool.node.breaker.open)
+        assert listening.wait(10)
+        assert isinstance(waiting.exception(10), CircuitOpen)
+        go_on.set()
+        opening.result(10)
+    held.close()
 
 
 def test_disposing_while_somebody_waits(make_pool: MakePool, database: FakeDatabase) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def make_pool(database: FakeDatabase) -> Callable[..., AsyncPool]:
     def make(size: int, *, resilience: rdb.Resilience | None = None, **options: Any) -> AsyncPool:
-        dialect = aiosqlite.dialect()  # type: ignore[no-untyped-call]
+        dialect = aiosqlite.dialect()
         cluster = Cluster(resilience or rdb.Resilience(), dialect, [("db", "unknown", None)])
         return AsyncPool(database, size, dialect=dialect, resilientdb_cluster=cluster, **options)
 
@@ -63,7 +63,7 @@ async def give(connection: Any) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - a state that can be seen but not waited for
             await asyncio.sleep(0)
 
 
@@ -250,7 +250,7 @@ def test_wait_for_task_group_and_cancel_scope(make_pool: Callable[..., AsyncPool
         with anyio.move_on_after(0.02) as scope:
             await pool.take()
         assert scope.cancelled_caught
-        with pytest.raises(ExceptionGroup) as caught:
+        with pytest.raises(ExceptionGroup) as caught:  # noqa: PT012
             async with asyncio.TaskGroup() as group:
                 for _ in range(3):
                     group.create_task(pool.take())
@@ -371,7 +371,7 @@ def test_a_waiter_whose_loop_was_closed_is_passed_over(
         def work() -> None:
             try:
                 give_back()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised by the test
                 errors.append(error)
 
         thread = threading.Thread(target=work)

@@ -212,7 +212,8 @@ def test_after_the_last_attempt_the_last_error_is_raised(make_pool: MakePool, da
 def test_the_slot_is_free_during_the_pause(make_pool: MakePool, database: FakeDatabase) -> None:
     pool = make_pool(1, resilience=policy_of(attempts=2))
     active: list[int] = []
-    pool._pause = lambda _seconds: active.append(pool.stats().active)  # type: ignore[method-assign]
+    pause: Any = lambda _seconds: active.append(pool.stats().active)  # noqa: E731
+    pool._pause = pause  # type: ignore[method-assign]
     database.failures.append(Refused())
     pool.connect().close()
     assert active == [0]

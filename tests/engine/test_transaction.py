@@ -136,7 +136,7 @@ def test_read_only_and_the_default_deadline(tmp_path: Path) -> None:
 
     def look(_connection: sa.Connection) -> tuple[bool, float | None]:
         now = current_deadline()
-        return is_read_only(), now and now.seconds
+        return is_read_only(), None if now is None else now.seconds
 
     assert rdb.run_transaction(engine, look) == (False, 7.0)
     assert rdb.run_transaction(engine, look, read_only=True) == (True, 7.0)
@@ -349,10 +349,10 @@ def test_async_serialization_failure_lost_connection_and_commit_in_doubt(
 
 SLOW_COMMIT = [
     "CREATE TEMP TABLE slow (n int)",
-    "CREATE FUNCTION pg_temp.nap() RETURNS trigger LANGUAGE plpgsql AS "
-    "$$ BEGIN PERFORM pg_sleep(3); RETURN NULL; END $$",
-    "CREATE CONSTRAINT TRIGGER nap AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED "
-    "FOR EACH ROW EXECUTE FUNCTION pg_temp.nap()",
+    """CREATE FUNCTION pg_temp.nap() RETURNS trigger LANGUAGE plpgsql AS
+       $$ BEGIN PERFORM pg_sleep(3); RETURN NULL; END $$""",
+    """CREATE CONSTRAINT TRIGGER nap AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED
+       FOR EACH ROW EXECUTE FUNCTION pg_temp.nap()""",
     "INSERT INTO slow VALUES (1)",
 ]
 

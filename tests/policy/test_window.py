@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import example, given, strategies as st
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from resilientdb.policy.window import Window
 

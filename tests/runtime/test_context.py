@@ -222,7 +222,7 @@ def test_one_object_in_several_tasks_at_once() -> None:
         return mine
 
     async def main() -> list[Deadline | None]:
-        return await asyncio.gather(work(0.0), work(0.02), work(0.01))
+        return list(await asyncio.gather(work(0.0), work(0.02), work(0.01)))
 
     assert len({id(one) for one in asyncio.run(main())}) == 3
 

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -41,7 +42,7 @@ def assert_alive(pair: Pair) -> None:
 
 
 def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_a_blocked_read_ends_at_the_appointed_time(dog: Watchdog, pair: Pair) -> None:
