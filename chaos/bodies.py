@@ -84,7 +84,9 @@ class Gate:
         """Return when so many are inside; ``AssertionError`` if they do not come."""
         until = time.monotonic() + timeout
         while (inside := self.inside()) < callers:
-            assert time.monotonic() < until, f"{inside} of {callers} callers got a connection in {timeout:g} s"
+            assert time.monotonic() < until, (
+                f"{inside} of {callers} callers got a connection in {timeout:g} s"
+            )
             time.sleep(0.005)
 
     def open(self) -> None:

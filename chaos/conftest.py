@@ -28,7 +28,9 @@ _report = pytest.StashKey[Report]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("chaos")
-    group.addoption("--chaos-profile", choices=sorted(PROFILES), default="short", help="how long and how hard")
+    group.addoption(
+        "--chaos-profile", choices=sorted(PROFILES), default="short", help="how long and how hard"
+    )
     group.addoption("--chaos-seed", type=int, default=_SEED, help="for everything that is drawn at random")
 
 
@@ -63,7 +65,7 @@ class Run:
         self.rng = random.Random(f"{report.seed} {scenario} {driver}")
         self.result = Result(scenario=scenario, driver=driver, variant=variant)
         self.observer: Observer
-        report.results.append(self.result)
+        self._report = report
 
     @contextlib.contextmanager
     def stack(
@@ -73,7 +75,7 @@ class Run:
         port: int | None = None,
         replicas: Sequence[str] = (),
         resilience: rdb.Resilience | None = None,
-        ends_on: Postgres | None | str = "server",
+        ends_on: Postgres | str | None = "server",
         **options: Any,
     ) -> Generator[Stack]:
         """An engine, observed; afterwards what must hold after every scenario does.
@@ -101,10 +103,13 @@ class Run:
 
     def record(self, says: str, calls: Calls | None = None, **numbers: Number) -> None:
         """Note what was seen, before it is judged."""
+        self._report.results.append(self.result)
         self.result.says = says
         if calls is not None:
             self.result.numbers.update(latencies(calls))
-            self.result.numbers["errors"] = ", ".join(f"{n} {name}" for name, n in calls.errors().most_common())
+            self.result.numbers["errors"] = ", ".join(
+                f"{n} {name}" for name, n in calls.errors().most_common()
+            )
         self.result.numbers.update(
             {name: round(n, 4) if isinstance(n, float) else n for name, n in numbers.items()}
         )
@@ -130,7 +135,11 @@ def variant(request: pytest.FixtureRequest) -> str:
 def run(request: pytest.FixtureRequest, driver: str, variant: str, profile: Profile) -> Iterator[Run]:
     """The scenario's name is the test's, with what else it is parametrized by."""
     function: str = request.node.originalname
-    extra = [str(value) for name, value in request.node.callspec.params.items() if name not in {"driver", "variant"}]
+    extra = [
+        str(value)
+        for name, value in request.node.callspec.params.items()
+        if name not in {"driver", "variant"}
+    ]
     scenario = " ".join([function.removeprefix("test_").replace("_", " "), *extra])
     one = Run(scenario, driver, variant, profile, request.config.stash[_report])
     yield one

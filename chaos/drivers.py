@@ -91,7 +91,7 @@ class Stack(abc.ABC):
         """Dispose of the engine, and end what carried its callers."""
 
     @abc.abstractmethod
-    def _open(self, url: str, guarded: bool, own: dict[str, Any], options: dict[str, Any]) -> None:  # noqa: FBT001
+    def _open(self, url: str, guarded: bool, own: dict[str, Any], options: dict[str, Any]) -> None:
         """Make the engine."""
 
     def _named(self, application: str) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class ThreadStack(Stack):
     def engine(self) -> Engine:
         return self._engine
 
-    def _open(self, url: str, guarded: bool, own: dict[str, Any], options: dict[str, Any]) -> None:  # noqa: FBT001
+    def _open(self, url: str, guarded: bool, own: dict[str, Any], options: dict[str, Any]) -> None:
         create = rdb.create_engine if guarded else sqlalchemy.create_engine
         self._engine: Engine = create(url, **own, **options)
 
@@ -184,14 +184,16 @@ class TaskStack(Stack):
     def engine(self) -> Engine:
         return self._engine.sync_engine
 
-    def _open(self, url: str, guarded: bool, own: dict[str, Any], options: dict[str, Any]) -> None:  # noqa: FBT001
+    def _open(self, url: str, guarded: bool, own: dict[str, Any], options: dict[str, Any]) -> None:
         create = rdb.create_async_engine if guarded else sqlalchemy_asyncio.create_async_engine
         self._engine: AsyncEngine = create(url, **own, **options)
         self._runner = asyncio.Runner()
         self._loop = self._runner.get_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
-        self._thread = threading.Thread(target=self._carry, name=f"chaos-loop {self.application}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._carry, name=f"chaos-loop {self.application}", daemon=True
+        )
         self._thread.start()
 
     def _carry(self) -> None:

@@ -18,7 +18,7 @@ from chaos.bodies import Gate
 from chaos.workloads import Load, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection
     from types import TracebackType
 
     from chaos.drivers import Stack
@@ -69,7 +69,9 @@ class Observer:
 
     def stall(self, since: float, until: float) -> float:
         """The longest time the machine did nothing for us between these moments, seconds."""
-        return max((late for at, late in tuple(self._stalls) if since <= at and at - late <= until), default=0.0)
+        return max(
+            (late for at, late in tuple(self._stalls) if since <= at and at - late <= until), default=0.0
+        )
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -195,7 +197,10 @@ def at_rest(stack: Stack, observer: Observer, server: Postgres | None) -> None:
         return
     if stack.guarded:
         eventually(stack.is_closed, "the primary's circuit is closed")
-    with Gate(server) as gate, Load(stack, [Work(body=gate.body, commit=True)] * stack.limit, in_flight=stack.limit) as load:
+    with (
+        Gate(server) as gate,
+        Load(stack, [Work(body=gate.body, commit=True)] * stack.limit, in_flight=stack.limit) as load,
+    ):
         gate.wait_for(stack.limit)
         assert stack.checked_out == stack.limit
         probers = 1 if stack.guarded else 0
@@ -208,16 +213,20 @@ def at_rest(stack: Stack, observer: Observer, server: Postgres | None) -> None:
     eventually(lambda: stack.checked_out == 0, "all connections given back once more")
 
 
-def nothing_left(before: Collection[threading.Thread], servers: Iterable[Postgres], application: str) -> None:
+def nothing_left(
+    before: Collection[threading.Thread], servers: Collection[Postgres], application: str
+) -> None:
     """After ``dispose()``: no thread that was not there before, no connection on a server."""
 
     def more() -> list[str]:
         return [t.name for t in threading.enumerate() if t not in before and t.name != _WATCHDOG]
 
     eventually(lambda: not more(), f"no thread left: {more()}")
-    for server in servers:
-        if server.running:
-            eventually(lambda server=server: not _connections(server, application), f"no connection left on {server}")
+
+    def connected() -> list[Postgres]:
+        return [server for server in servers if server.running and _connections(server, application)]
+
+    eventually(lambda: not connected(), f"no connection left on any of {list(servers)}")
 
 
 def _connections(server: Postgres, application: str) -> int:

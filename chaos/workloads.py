@@ -184,7 +184,9 @@ class Load:
             ended = self._changed.wait_for(lambda: len(self._calls) == self._started, self._patience)
             left = self._started - len(self._calls)
         if self._thread.is_alive() or not ended:
-            raise TimeoutError(f"{left} callers are still under way {self._patience:g} s after the last arrival")
+            raise TimeoutError(
+                f"{left} callers are still under way {self._patience:g} s after the last arrival"
+            )
 
     def _arrive(self) -> None:
         first = time.monotonic()

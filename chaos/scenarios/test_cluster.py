@@ -58,14 +58,17 @@ def test_reads_without_the_primary(
         port=resilientdb_proxy.listen_port,
         replicas=[resilientdb_standby_proxy.address],
     ) as stack:
-        with Load(stack, read, rate=profile.rate) as reads, Load(stack, write, rate=profile.rate / 2) as writes:
+        with (
+            Load(stack, read, rate=profile.rate) as reads,
+            Load(stack, write, rate=profile.rate / 2) as writes,
+        ):
             time.sleep(profile.warmup)
             broken_at = time.monotonic()
             with block(resilientdb_proxy):
                 time.sleep(seconds)
                 ended_at = time.monotonic()
             healed_at = time.monotonic()
-            time.sleep(profile.recovery)
+            time.sleep(profile.recovery if run.guarded else 0.2)
         read_calls, write_calls = reads.calls.due(broken_at, ended_at), writes.calls.due(broken_at, ended_at)
         opened_at = stack.moved_to("open", broken_at)
         run.record(
@@ -80,7 +83,9 @@ def test_reads_without_the_primary(
         if not run.guarded:
             fault_was_felt(read_calls, longer_than=EPSILON)
             return
-        assert not reads.calls.failed, f"reads failed though the replica is well: {dict(reads.calls.errors())}"
+        assert not reads.calls.failed, (
+            f"reads failed though the replica is well: {dict(reads.calls.errors())}"
+        )
         fast(read_calls, run.observer, EPSILON)
         assert opened_at is not None
         assert opened_at - broken_at <= DETECTION
@@ -212,7 +217,11 @@ def test_promotion(run: Run, pair: Pair) -> None:
         during = calls.due(crashed_at, promoted_at)
         run.record(
             f"promoted in {took:.2f} s, first write "
-            + (f"{after:.2f} s after that" if after is not None else f"never in {1.5 + profile.recovery:.1f} s"),
+            + (
+                f"{after:.2f} s after that"
+                if after is not None
+                else f"never in {1.5 + profile.recovery:.1f} s"
+            ),
             during,
             promote=took,
             first_ok=after,
@@ -236,7 +245,9 @@ def test_promotion(run: Run, pair: Pair) -> None:
 
 
 def _outcome(call: Call) -> Outcome:
-    refused = isinstance(call.error, rdb.ResilienceError) and not isinstance(call.error, rdb.CommitOutcomeUnknown)
+    refused = isinstance(call.error, rdb.ResilienceError) and not isinstance(
+        call.error, rdb.CommitOutcomeUnknown
+    )
     if refused and not isinstance(call.error, rdb.DeadlineExceeded):
         return Outcome.FAIL  # never sent
     return Outcome.OK if call.ok else Outcome.INFO

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _POOL = 5
 _SERVICE = 0.05
 _DEADLINE = 1.0
-_BACKLOG = 400
+_BACKLOG = 250
 """Callers at once, then arrivals are dropped: so much patience has any server, and a bare run has an end."""
 
 
@@ -58,7 +58,9 @@ def test_overload(run: Run, resilientdb_postgres: Postgres) -> None:
         assert goodput >= 0.9, f"{goodput:.0%} of the capacity was served in time: {dict(calls.errors())}"
         assert load.dropped == 0, f"{load.dropped} callers found no room to be refused in"
         refused = calls.where(lambda call: type(call.error).__name__ == "PoolSaturated")
-        assert refused.quantile(0.99) <= 0.05 + run.observer.stall(begun, ended), f"{refused.quantile(0.99):.3f} s"
+        assert refused.quantile(0.99) <= 0.05 + run.observer.stall(begun, ended), (
+            f"{refused.quantile(0.99):.3f} s"
+        )
         calm = after.calls.due(gone_at + 1.0)
         assert calm
         assert not calm.failed, dict(calm.errors())

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from resilientdb.testing import Postgres, Proxy
     from resilientdb.testing.faults import ActiveFault
 
-_ACCOUNTS = 12
+_ACCOUNTS = 60
 _READ = text("SELECT amount FROM account WHERE id = :id")
+_PAUSE = text("SELECT pg_sleep(0.01)")
+_RATE = 150.0
 _ADD = text("UPDATE account SET amount = amount + :amount WHERE id = :id")
 
 
@@ -63,6 +65,7 @@ def test_conflicts_and_cuts(
         giver, taker = pairs[number]
         connection.execute(_READ, {"id": giver}).scalar_one()
         connection.execute(_ADD, {"id": giver, "amount": -1})
+        connection.execute(_PAUSE)
         connection.execute(_ADD, {"id": taker, "amount": 1})
         ledger.insert(connection, number)
         return number
@@ -75,20 +78,25 @@ def test_conflicts_and_cuts(
     with run.stack(
         resilientdb_postgres, port=resilientdb_proxy.listen_port, isolation_level=isolation
     ) as stack:
-        with _terminating(run, stack, resilientdb_postgres), _cutting(resilientdb_proxy) as cuts:
-            with Load(stack, [work] * profile.works, in_flight=4, patience=60.0) as load:
-                pass
+        with (
+            _terminating(run, stack, resilientdb_postgres),
+            _cutting(resilientdb_proxy) as cuts,
+            Load(stack, [work] * profile.works, rate=_RATE) as load,
+        ):
+            time.sleep(profile.works / _RATE)
         calls = load.calls
         for call in calls:
             history.complete(history.invoke(call.number), outcome(call), call.error)
         report = check_ledger(history, ledger.rows(resilientdb_postgres))
         retried = stack.snapshot().retries if run.guarded else 0
+        refused = calls.errors()["CircuitOpen"]
         run.record(
-            f"{calls.ok_share:4.0%} committed, {retried} retries; {len(cuts)} cuts",
+            f"{calls.ok_share:4.0%} committed, {retried} retries; {len(cuts)} cuts, {refused} refused",
             calls,
             retries=retried,
             cuts=len(cuts),
             unknown=report.unknown,
+            circuit_moves=len(stack.transitions),
         )
         report.raise_for_violations()
         total = resilientdb_postgres.query("SELECT sum(amount) FROM account")[0][0]
@@ -101,7 +109,9 @@ def test_conflicts_and_cuts(
 
 
 @pytest.mark.parametrize("lost", ["reply", "request"])
-def test_commit_in_doubt(run: Run, lost: str, resilientdb_postgres: Postgres, resilientdb_proxy: Proxy) -> None:
+def test_commit_in_doubt(
+    run: Run, lost: str, resilientdb_postgres: Postgres, resilientdb_proxy: Proxy
+) -> None:
     """The reply to COMMIT is lost, or COMMIT itself: the same error, and only one of them is committed.
 
     The library says that nobody knows, and runs nothing again. A caller that just tries again, as bare ones do,
@@ -118,7 +128,9 @@ def test_commit_in_doubt(run: Run, lost: str, resilientdb_postgres: Postgres, re
                 with contextlib.ExitStack() as fault:
                     strike = attempt == 0
                     work = Work(
-                        body=_entry(ledger, key, runs, (lambda: block(resilientdb_proxy)) if strike else None, fault),
+                        body=_entry(
+                            ledger, key, runs, (lambda: block(resilientdb_proxy)) if strike else None, fault
+                        ),
                         whole=True,
                     )
                     number = history.invoke(key)
@@ -165,7 +177,7 @@ def test_cancelled_anywhere(run: Run, resilientdb_postgres: Postgres, resilientd
         work = Work(body=three, commit=True)
         if run.rng.random() < 0.7:
             threaded = run.guarded and run.driver == "psycopg"
-            at = run.rng.randrange(1, 40)
+            at = run.rng.randrange(1, 40 if threaded else 14)
             work = replace(work, deadline=at / 1000) if threaded else replace(work, cancel_at=at)
         works.append(work)
     with run.stack(resilientdb_postgres, port=resilientdb_proxy.listen_port, pool_size=3) as stack:
@@ -210,7 +222,7 @@ def _entry(
 
 @contextlib.contextmanager
 def _terminating(run: Run, stack: Stack, postgres: Postgres) -> Iterator[None]:
-    """Every 50 ms one of the stack's backends is terminated, in whatever it does."""
+    """Every 100 ms one of the stack's backends is terminated, in whatever it does."""
 
     def strike() -> None:
         postgres.query(
@@ -219,13 +231,13 @@ def _terminating(run: Run, stack: Stack, postgres: Postgres) -> Iterator[None]:
             [stack.application, str(run.rng.random())],
         )
 
-    with _every(0.05, strike):
+    with _every(0.1, strike):
         yield
 
 
 @contextlib.contextmanager
 def _cutting(proxy: Proxy) -> Iterator[list[float]]:
-    """Every 150 ms some connections are reset."""
+    """Every 300 ms some connections are reset."""
     cuts: list[float] = []
 
     def strike() -> None:
@@ -233,7 +245,7 @@ def _cutting(proxy: Proxy) -> Iterator[list[float]]:
             time.sleep(0.01)
         cuts.append(time.monotonic())
 
-    with _every(0.15, strike):
+    with _every(0.3, strike):
         yield cuts
 
 
@@ -264,6 +276,7 @@ def _every(seconds: float, strike: Callable[[], None]) -> Iterator[None]:
 
 def _left_open(postgres: Postgres, stack: Stack) -> bool:
     rows = postgres.query(
-        "SELECT 1 FROM pg_stat_activity WHERE application_name = %s AND state LIKE 'idle in%%'", [stack.application]
+        "SELECT 1 FROM pg_stat_activity WHERE application_name = %s AND state LIKE 'idle in%%'",
+        [stack.application],
     )
     return bool(rows)

@@ -25,7 +25,10 @@ def test_bounded_waiting(run: Run, resilientdb_postgres: Postgres) -> None:
     resilience = rdb.Resilience(queue=rdb.SaturationQueue(max_waiting=_MAX_WAITING, timeout=_TIMEOUT))
     comers = 10
     with run.stack(resilientdb_postgres, pool_size=_POOL, resilience=resilience) as stack:
-        with Gate(resilientdb_postgres) as gate, Load(stack, [Work(body=gate.body)] * _POOL, in_flight=_POOL) as held:
+        with (
+            Gate(resilientdb_postgres) as gate,
+            Load(stack, [Work(body=gate.body)] * _POOL, in_flight=_POOL) as held,
+        ):
             gate.wait_for(_POOL)
             with Load(stack, [Work(body=echo)] * comers, in_flight=comers) as load:
                 time.sleep(2 * _TIMEOUT)
@@ -34,7 +37,7 @@ def test_bounded_waiting(run: Run, resilientdb_postgres: Postgres) -> None:
         calls = load.calls
         errors = calls.errors()
         run.record(
-            f"{len(calls.ok)} served, {waiting} still waiting after {2 * _TIMEOUT:g} s; slowest {calls.slowest:.2f} s",
+            f"{len(calls.ok)} served, {waiting} wait after {2 * _TIMEOUT:g} s; slowest {calls.slowest:.2f} s",
             calls,
             waiting=waiting,
         )
@@ -72,13 +75,15 @@ def test_impatient_crowd(run: Run, resilientdb_postgres: Postgres) -> None:
     crowd = [Work(body=sleep(hold), deadline=wait) for hold, wait in zip(holding, patience, strict=True)]
     if run.guarded:
         # A task can also be cancelled while it stands in line; threads only have their deadlines.
-        crowd = [replace(w, cancel_at=run.rng.randrange(1, 4)) if run.rng.random() < 0.2 else w for w in crowd]
+        crowd = [
+            replace(w, cancel_at=run.rng.randrange(1, 4)) if run.rng.random() < 0.2 else w for w in crowd
+        ]
     with run.stack(resilientdb_postgres, pool_size=_POOL) as stack:
         with Load(stack, crowd, in_flight=16) as load:
             pass
         calls = load.calls
         run.record(
-            f"{len(calls.ok)} of {works} served, slowest {calls.slowest * 1000:.0f} ms, {len(stack.connects)} connects",
+            f"{len(calls.ok)} of {works} served, slowest {calls.slowest:.3f} s, {len(stack.connects)} connects",
             calls,
             connects=len(stack.connects),
         )

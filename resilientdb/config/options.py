@@ -42,6 +42,15 @@ class SaturationQueue(Options, table="queue"):
     explicit SQLAlchemy ``pool_timeout`` takes its place. 5.0: longer than any healthy wait, and a sixth of
     SQLAlchemy's 30 s, after which a visitor is long gone."""
 
+    target: Annotated[float, Seconds(above=True)] = 0.05
+    """Seconds of wait, above 0, that are no cause for concern. When nobody has waited less for ``interval``
+    seconds, the pool is overloaded: the newest is then served first, and who has waited more than twice the
+    target is told ``PoolSaturated``. 0.05: what a person does not notice (Elixir's ``db_connection``)."""
+
+    interval: Annotated[float, Seconds(above=True)] = 1.0
+    """Seconds, above 0, over which a line may stand before it counts as overload. 1.0: a burst of requests
+    passes in less (Elixir's ``db_connection``)."""
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Backoff(Options, table="retry.backoff"):

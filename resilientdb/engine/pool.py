@@ -18,19 +18,20 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util.queue import Empty
 
+from resilientdb.engine import refusals
 from resilientdb.engine.compat import await_only, checkout, greenlet_spawn
 from resilientdb.engine.door import Door
-from resilientdb.errors import DeadlineExceeded, PoolSaturated, PoolTimeout, ResilienceError
+from resilientdb.errors import PoolSaturated, ResilienceError
 from resilientdb.policy.breaker import Permit
-from resilientdb.policy.saturation import Admission
+from resilientdb.policy.saturation import Admission, Lane, Refusal
 from resilientdb.runtime.bounded import LeftBehind, run_in_task, run_in_thread
 from resilientdb.runtime.clock import monotonic
-from resilientdb.runtime.context import Deadline, current_deadline, current_record
+from resilientdb.runtime.context import Deadline, current_criticality, current_deadline, current_record
 from resilientdb.runtime.waiters import TaskWaiter, ThreadWaiter, Waiter
 from resilientdb.stats import PoolStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
@@ -95,6 +96,7 @@ class QueueDoor(Door, QueuePool):
         self._guard = threading.RLock()
         self._busy = False
         self._late: deque[Any] = deque()
+        # QueuePool's constructor sets the limit already; the rest comes with the cluster's options.
         self._admission: Admission[Waiter] = Admission(limit=None, max_waiting=None)
         self._shells: list[Any] = []
         """Records whose connection was lost: what the user keeps in ``record_info`` outlives it."""
@@ -112,7 +114,13 @@ class QueueDoor(Door, QueuePool):
             use_lifo=use_lifo,
             **options,
         )
-        self._admission.max_waiting = self.cluster.resilience.queue.max_waiting
+        queue = self.cluster.resilience.queue
+        self._admission = Admission(
+            limit=self._admission.limit,
+            max_waiting=queue.max_waiting,
+            target=queue.target,
+            interval=queue.interval,
+        )
         # Counts go on where the pool that this one replaces has stopped.
         counted = before.stats() if before is not None else None
         self._checkouts = counted.checkouts if counted else 0
@@ -122,7 +130,6 @@ class QueueDoor(Door, QueuePool):
         self._opened = counted.opened if counted else 0
         self._closed = counted.closed if counted else 0
         self._idle: deque[Any] = self._pool.queue  # type: ignore[attr-defined]
-        self._line = self._admission.line
         self._next: Callable[[], Any] = self._idle.pop if use_lifo else self._idle.popleft
         self._keep = pool_size or sys.maxsize
         """Most idle connections; 0 once another pool has taken this one's place."""
@@ -226,7 +233,7 @@ class QueueDoor(Door, QueuePool):
         if deadline is not None and deadline.remaining() <= 0:
             if record is not None:
                 self._give_back(record)
-            raise self._late_for(deadline)
+            raise refusals.deadline_exceeded(self, deadline)
         if record is None:
             record = self._take_slot(deadline)
         if record is None or (deadline is not None and record._is_hard_or_soft_invalidated()):  # noqa: SLF001
@@ -239,6 +246,7 @@ class QueueDoor(Door, QueuePool):
     def _take_slot(self, deadline: Deadline | None) -> Any:
         """A slot: with its record, connected or not, or None for a new one. Waits in line if it must."""
         waiter = self._make_waiter()
+        left = None if deadline is None else deadline.remaining()
         self._enter()
         try:
             record = self._take_idle()
@@ -246,15 +254,17 @@ class QueueDoor(Door, QueuePool):
                 return record
             if self._admission.try_take():
                 return self._shells.pop() if self._shells else None
-            joined = self._admission.join(waiter)
-            if joined:
-                self._match()
-            else:
+            lane = Lane[current_criticality().upper()]
+            answer = self._admission.join(waiter, lane, waiter.since, left)
+            if isinstance(answer, Refusal):
                 self._rejected += 1
+            else:
+                self._match()
+                self._send_away(() if answer is None else (answer,), Refusal.DISPLACED)
         finally:
             self._leave()
-        if not joined:
-            raise self._saturated()
+        if isinstance(answer, Refusal):
+            raise refusals.saturated(self, answer)
         return self._wait(waiter, deadline)
 
     def _take_idle(self) -> Any:
@@ -266,26 +276,27 @@ class QueueDoor(Door, QueuePool):
 
     def _wait(self, waiter: Waiter, deadline: Deadline | None) -> Any:
         """Wait in line; returns what came with the slot: a record, or None. Raises when there is none."""
-        seconds: float | None = self._timeout
+        patience: float | None = self._timeout
         if deadline is not None:
             left = deadline.remaining()
-            seconds = left if seconds is None else min(seconds, left)
+            patience = left if patience is None else min(patience, left)
         try:
-            woken = waiter.park(seconds)
+            woken = waiter.park(patience)
         except BaseException:
             if not self._step_out(waiter) and waiter.refusal is None:
                 self._give_back(waiter.granted)
             raise
         finally:
+            waited = monotonic() - waiter.since
             notes = current_record()
             if notes is not None:
                 notes.waits += 1
-                notes.wait_time += monotonic() - waiter.since
+                notes.wait_time += waited
         if not woken and self._step_out(waiter):
             self._timeouts += 1
             if deadline is not None and deadline.remaining() <= 0:
-                raise self._late_for(deadline, waiter)
-            raise self._timed_out(waiter)
+                raise refusals.deadline_exceeded(self, deadline, waited)
+            raise refusals.timed_out(self, waited)
         if waiter.refusal is not None:
             raise waiter.refusal()
         return waiter.granted
@@ -309,7 +320,7 @@ class QueueDoor(Door, QueuePool):
         except BaseException:
             self._give_back(record)
             raise
-        raise interruption or self._late_for(deadline)
+        raise interruption or refusals.deadline_exceeded(self, deadline)
 
     def _connect_elsewhere(self, record: Any, deadline: Deadline) -> Any:
         """Connect where the caller need not wait for it longer than its deadline."""
@@ -348,17 +359,18 @@ class QueueDoor(Door, QueuePool):
     def _do_return_conn(self, record: Any) -> None:
         idle = self._idle
         breaker = self._breaker
+        admission: Any = self._admission  # looked at twice, and it may change in between
         if (
             record.permit is breaker.permit
             and record.watch is None
             and record.notes is None
             and record.dbapi_connection is not None
-            and not self._line
+            and not admission.waiting
             and len(idle) < self._keep
         ):
             breaker.answered += 1
             idle.append(record)
-            if self._line or len(idle) > self._keep:
+            if admission.waiting or len(idle) > self._keep:
                 self._rebalance()
             return
         try:
@@ -384,15 +396,17 @@ class QueueDoor(Door, QueuePool):
                 return
             waiter: Waiter | None = None
             surplus = False
+            now = monotonic()
             self._enter()
             try:
+                self._send_away(self._admission.overdue(now), Refusal.SHED)
                 if record is None or record.dbapi_connection is None:
-                    waiter = self._admission.vacate()
+                    waiter = self._admission.vacate(now)
                     if waiter is None and record is not None:
                         self._shells.append(record)
                 else:
                     # A pool that has been replaced keeps none, not for those who still wait either.
-                    waiter = self._admission.next_in_line() if self._keep else None
+                    waiter = self._admission.next_in_line(now) if self._keep else None
                     surplus = waiter is None and len(self._idle) >= self._keep
                     if waiter is None and not surplus:
                         self._idle.append(record)
@@ -417,8 +431,8 @@ class QueueDoor(Door, QueuePool):
 
     def _match(self) -> None:
         """Inside the section: give idle connections to those who wait, where both came to be at once."""
-        while self._line and (record := self._take_idle()) is not None:
-            waiter = self._admission.next_in_line()
+        while self._admission.waiting and (record := self._take_idle()) is not None:
+            waiter = self._admission.next_in_line(monotonic())
             if waiter is None:
                 self._idle.append(record)
                 return
@@ -445,13 +459,21 @@ class QueueDoor(Door, QueuePool):
         """Send everybody in line away with an error of their own."""
         self._enter()
         try:
-            dismissed = self._admission.dismiss()
-            for waiter in dismissed:
+            for waiter in self._admission.dismiss():
                 waiter.refusal = refusal
+                waiter.wake()
         finally:
             self._leave()
-        for waiter in dismissed:
+
+    def _send_away(self, waiters: Iterable[Waiter], why: Refusal) -> None:
+        """Inside the section: tell those who were taken out of the line that they will not be served."""
+        for waiter in waiters:
+            self._rejected += 1
+            waiter.refusal = functools.partial(self._refuse, waiter, why)
             waiter.wake()
+
+    def _refuse(self, waiter: Waiter, why: Refusal) -> PoolSaturated:
+        return refusals.saturated(self, why, monotonic() - waiter.since)
 
     def dispose(self) -> None:
         self._disposed = True
@@ -480,6 +502,23 @@ class QueueDoor(Door, QueuePool):
         }
 
     # -- what can be seen ----------------------------------------------------------------------------------
+
+    @property
+    def most_overflow(self) -> int:
+        """``max_overflow``; -1 = unlimited."""
+        return self._max_overflow
+
+    def counts(self) -> str:
+        admission, idle = self._admission, len(self._idle)
+        return (
+            f"{admission.total - idle} active, {idle} idle, {admission.waiting} waiting; limit of size "
+            f"{self._pool.maxsize} overflow {self._max_overflow}, at most {admission.max_waiting} waiting"
+        )
+
+    def expected_wait(self) -> float | None:
+        """Seconds after which somebody who comes now could expect a connection; None if nothing is known."""
+        with self._guard:
+            return self._admission.expected_wait(Lane.SHEDDABLE, monotonic())
 
     @property
     def saturated(self) -> bool:
@@ -550,46 +589,6 @@ class QueueDoor(Door, QueuePool):
         """Whether this very thread is inside the section (a finalizer runs in the middle of it)."""
         with self._guard:
             return self._busy
-
-    # -- refusals ------------------------------------------------------------------------------------------
-
-    def _counts(self) -> str:
-        admission, idle = self._admission, len(self._idle)
-        return (
-            f"{admission.total - idle} active, {idle} idle, {admission.waiting} waiting; "
-            f"limit of size {self._pool.maxsize} overflow {self._max_overflow}"
-        )
-
-    def _expected_wait(self) -> float | None:
-        """Seconds until a newcomer would be served, by how fast callers are being served now."""
-        rate = self._breaker.rate
-        return (self._admission.waiting + 1) / rate if rate else None
-
-    def _saturated(self) -> PoolSaturated:
-        return PoolSaturated(
-            f"the pool of {self.node.name} is saturated: {self._counts()}, "
-            f"at most {self._admission.max_waiting} may wait",
-            retry_after=self._expected_wait(),
-            snapshot=self.node.stats(),
-        )
-
-    def _timed_out(self, waiter: Waiter) -> PoolTimeout:
-        return PoolTimeout(
-            f"QueuePool limit of size {self._pool.maxsize} overflow {self._max_overflow} reached, connection "
-            f"timed out, timeout {self._timeout or 0:0.2f}: waited {monotonic() - waiter.since:.2f} s for "
-            f"{self.node.name} ({self._counts()})",
-            retry_after=self._expected_wait(),
-            snapshot=self.node.stats(),
-        )
-
-    def _late_for(self, deadline: Deadline | None, waiter: Waiter | None = None) -> DeadlineExceeded:
-        waited = "" if waiter is None else f" after waiting {monotonic() - waiter.since:.2f} s in line"
-        return DeadlineExceeded(
-            f"the deadline of {deadline.seconds if deadline else 0:g} s ended{waited} before {self.node.name} "
-            f"gave a connection ({self._counts()})",
-            retry_after=self._expected_wait(),
-            snapshot=self.node.stats(),
-        )
 
 
 class AsyncQueueDoor(QueueDoor, AsyncAdaptedQueuePool):

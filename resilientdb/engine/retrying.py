@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tenacity
 
+from resilientdb.errors import CircuitOpen, NoPrimaryAvailable, NoReplicaAvailable
 from resilientdb.runtime.context import current_deadline
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["async_loop", "loop"]
 
 T = TypeVar("T")
+
+_REFUSALS = (CircuitOpen, NoPrimaryAvailable, NoReplicaAvailable)
+"""What an attempt ends with when no node was asked: no news beside an earlier attempt's real error."""
 
 
 def wait_strategy(backoff: Backoff) -> tenacity.wait.wait_base:
@@ -98,15 +102,27 @@ def loop(
     budget), ``announce(attempt, delay, error)``.
     """
     pending: Exception | None = first
+    failure = first
 
     def attempt_or_first() -> T:
-        nonlocal pending
+        nonlocal pending, failure
         if pending is not None:
             error, pending = pending, None
             raise error
-        return attempt()
+        try:
+            return attempt()
+        except _REFUSALS:
+            raise
+        except Exception as error:
+            failure = error
+            raise
 
-    return tenacity.Retrying(sleep=pause, **_options(policy, **rules))(attempt_or_first)
+    try:
+        return tenacity.Retrying(sleep=pause, **_options(policy, **rules))(attempt_or_first)
+    except _REFUSALS:
+        if isinstance(failure, _REFUSALS):
+            raise
+    raise failure  # what the database said, not that it was not asked again
 
 
 async def async_loop(
@@ -114,12 +130,24 @@ async def async_loop(
 ) -> T:
     """As ``loop``, for a coroutine function."""
     pending: Exception | None = first
+    failure = first
 
     async def attempt_or_first() -> T:
-        nonlocal pending
+        nonlocal pending, failure
         if pending is not None:
             error, pending = pending, None
             raise error
-        return await attempt()
+        try:
+            return await attempt()
+        except _REFUSALS:
+            raise
+        except Exception as error:
+            failure = error
+            raise
 
-    return await tenacity.AsyncRetrying(**_options(policy, **rules))(attempt_or_first)
+    try:
+        return await tenacity.AsyncRetrying(**_options(policy, **rules))(attempt_or_first)
+    except _REFUSALS:
+        if isinstance(failure, _REFUSALS):
+            raise
+    raise failure

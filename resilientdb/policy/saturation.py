@@ -1,52 +1,119 @@
-"""Who may hold one of a node's connections, who waits, and who is next.
+"""Who may hold one of a node's connections, who waits, who is next, and who is sent away.
 
 A **slot** is the place of one connection: open, being opened, or lost and to be opened again. There are at most
 ``limit`` of them. A caller who finds no idle connection takes a new slot; who finds none left waits in line, and
-what is given back goes to the first in line directly (no newcomer can take it in between, as happens with a
+what is given back goes to the next in line directly (no newcomer can take it in between, as happens with a
 condition variable): a slot with its connection, or, where the connection was lost, the slot alone. A slot that
 has lost its connection and that nobody waits for ceases to be.
 
-The line is bounded by number; the bound in time is kept by the waiter itself, who leaves when it is over.
-Leaving and being served exclude each other: ``leave`` answers whether the waiter was still in line, and a
-waiter who was served a moment before must take or return what it was given. So no slot is ever lost and none
-is given twice, whoever times out or is cancelled when.
+**Who is next.** There is a line for each criticality, served in that order. Within a line first come is first
+served, unless the pool is *overloaded* (``policy.overload``): then the newest is served first, because the oldest
+have waited so long that their callers are about to give up, and serving them would waste the slot (adaptive LIFO, as
+at Facebook); and whoever has waited more than twice the target is sent away. A slot that comes free under overload
+is so always given to somebody who still has time to use it: that is what keeps a brown-out from becoming an outage.
+
+**Who may wait.** At most ``max_waiting`` callers; of these, the less critical may take only their share, and a more
+critical newcomer takes the place of the least critical who has waited longest. A caller whose time would be over
+before its turn comes is refused on arrival: it would only stand in the way.
+
+The bound in time is kept by the waiter itself, who leaves when it is over. Leaving and being served exclude each
+other: ``leave`` answers whether the waiter was still in line, and a waiter who was served a moment before must take
+or return what it was given. So no slot is ever lost and none is given twice, whoever times out or is cancelled when.
 """
 
 from __future__ import annotations
 
+import enum
 from collections import OrderedDict
 from typing import Generic, Protocol, TypeVar
 
-__all__ = ["Admission", "Waiting"]
+from resilientdb.policy.overload import DrainRate, Overload
+
+__all__ = ["Admission", "Lane", "Refusal", "Waiting"]
+
+
+class Lane(enum.IntEnum):
+    """The lines, in the order in which they are served: the criticality of those who stand in them."""
+
+    CRITICAL_PLUS = 0
+    CRITICAL = 1
+    SHEDDABLE_PLUS = 2
+    SHEDDABLE = 3
+
+
+_SHARES = {Lane.CRITICAL_PLUS: 1.0, Lane.CRITICAL: 1.0, Lane.SHEDDABLE_PLUS: 0.5, Lane.SHEDDABLE: 0.25}
+"""The part of all places to wait that may be taken when somebody of that criticality joins."""
+
+
+class Refusal(enum.Enum):
+    """Why a caller was sent away; the value is the ``reason`` of its error."""
+
+    FULL = "pool-saturated"
+    """All places to wait are taken, or all that its criticality may take."""
+    HOPELESS = "pool-would-be-late"
+    """Its time would be over before its turn."""
+    DISPLACED = "pool-displaced"
+    """It had to make room for a more critical caller, or, under overload, for a newer one."""
+    SHED = "pool-shed"
+    """The pool is overloaded, and it had waited more than twice the target."""
 
 
 class Waiting(Protocol):
-    """Somebody in line."""
+    """Somebody in line. These are the line's, written when it is joined."""
+
+    lane: Lane
+    since: float
+    remaining: float | None
 
 
 W = TypeVar("W", bound=Waiting)
 
 
 class Admission(Generic[W]):
-    """The slots of one node. Not thread-safe: every method requires the owner's lock. All O(1)."""
+    """The slots of one node and the lines in front of it.
 
-    __slots__ = ("limit", "line", "max_waiting", "total", "waited")
+    Not thread-safe: every method requires the owner's lock. All O(1), shedding amortised.
+    """
 
-    def __init__(self, *, limit: int | None, max_waiting: int | None) -> None:
+    __slots__ = (
+        "_drain",
+        "_lines",
+        "_overload",
+        "_target",
+        "limit",
+        "max_waiting",
+        "total",
+        "waited",
+        "waiting",
+    )
+
+    def __init__(
+        self, *, limit: int | None, max_waiting: int | None, target: float = 0.05, interval: float = 1.0
+    ) -> None:
+        """``target``: the longest wait, in seconds, that everybody may have over ``interval`` seconds without
+        the pool being overloaded."""
         self.limit = limit
         """Most slots at once; None = unlimited."""
         self.max_waiting = max_waiting
         """Most waiters at once; None = unlimited, 0 = nobody waits."""
         self.total = 0
         """Slots in existence."""
+        self.waiting = 0
+        """Callers in line."""
         self.waited = 0
-        """How many have joined the line so far."""
-        self.line: OrderedDict[W, None] = OrderedDict()
-        """Who waits, first come first. To be changed by the methods only."""
+        """How many have joined a line so far."""
+        self._target = target
+        self._overload = Overload(target, interval)
+        self._drain = DrainRate()
+        self._lines: tuple[OrderedDict[W, None], ...] = tuple(OrderedDict() for _ in Lane)
 
     @property
-    def waiting(self) -> int:
-        return len(self.line)
+    def overloaded(self) -> bool:
+        return self._overload.now
+
+    def depths(self) -> tuple[int, ...]:
+        """Waiters in each lane."""
+        return tuple(len(line) for line in self._lines)
 
     def try_take(self) -> bool:
         """Make a slot for the caller; False when there may be no more."""
@@ -55,38 +122,121 @@ class Admission(Generic[W]):
         self.total += 1
         return True
 
-    def join(self, waiter: W) -> bool:
-        """Stand in line; False when the line is full."""
-        if self.max_waiting is not None and len(self.line) >= self.max_waiting:
-            return False
-        self.line[waiter] = None
+    def join(
+        self, waiter: W, lane: Lane = Lane.CRITICAL, now: float = 0.0, remaining: float | None = None
+    ) -> Refusal | W | None:
+        """Stand in line at ``now``, for ``remaining`` seconds at most (None: as long as it takes).
+
+        Returns None when the waiter stands in line; a ``Refusal`` when it does not; or the waiter who had to make
+        room for it, and is in line no longer.
+        """
+        if not self.waiting:
+            self._nobody_waits(now)
+        displaced: W | None = None
+        if self.max_waiting is not None and self.waiting >= round(self.max_waiting * _SHARES[lane]):
+            displaced = self._displace(lane)
+            if displaced is None:
+                return Refusal.FULL
+        elif remaining is not None:
+            wait = self.expected_wait(lane, now)
+            if wait is not None and wait > remaining - self._time_to_use(remaining, now):
+                return Refusal.HOPELESS
+        waiter.lane = lane
+        waiter.since = now
+        waiter.remaining = remaining
+        self._lines[lane][waiter] = None
+        self.waiting += 1
         self.waited += 1
-        return True
+        return displaced
+
+    def expected_wait(self, lane: Lane, now: float) -> float | None:
+        """Seconds until a newcomer of ``lane`` would be served; None while nothing is known."""
+        ahead = sum(len(line) for line in self._lines[:lane])
+        if not self._overload.now:
+            ahead += len(self._lines[lane])
+        return self._drain.wait(ahead + 1, now)
 
     def leave(self, waiter: W) -> bool:
-        """Leave the line; False when the waiter has been served already (it then holds a slot)."""
+        """Leave the line; False when the waiter has been served or sent away already."""
         try:
-            del self.line[waiter]
+            del self._lines[waiter.lane][waiter]
         except KeyError:
             return False
+        self.waiting -= 1
         return True
 
-    def next_in_line(self) -> W | None:
-        """Take the first out of the line, to be given a slot with its connection; None when nobody waits."""
-        return self.line.popitem(last=False)[0] if self.line else None
+    def next_in_line(self, now: float = 0.0) -> W | None:
+        """Take the next to be served out of its line, to be given a slot with its connection; None: nobody waits."""
+        if not self.waiting:
+            self._nobody_waits(now)
+            return None
+        self._overload.observe(now - self._oldest(), now)
+        self._drain.served(now)
+        line = next(filter(None, self._lines))
+        self.waiting -= 1
+        return line.popitem(last=self._overload.now)[0]
 
-    def vacate(self) -> W | None:
+    def overdue(self, now: float) -> list[W]:
+        """Take out, and return, those to be shed before the next is served: who has too little time left to use
+        the slot, and under overload all who waited more than twice the target.
+
+        The last in line stays: there is a slot for it.
+        """
+        shed: list[W] = []
+        for line in self._lines:
+            while line and self.waiting > 1 and self._is_overdue(next(iter(line)), now):
+                shed.append(line.popitem(last=False)[0])
+                self.waiting -= 1
+        return shed
+
+    def _is_overdue(self, waiter: W, now: float) -> bool:
+        waited = now - waiter.since
+        if self._overload.now and waited > 2 * self._target:
+            return True
+        return waiter.remaining is not None and waited > waiter.remaining - self._time_to_use(
+            waiter.remaining, now
+        )
+
+    def _time_to_use(self, remaining: float, now: float) -> float:
+        """How much of ``remaining`` a caller needs once it is served.
+
+        As long as slots are held on average: by Little's law their number times the time between two that come
+        free. Never more than half of what the caller has, since its own work may be shorter than the average.
+        """
+        gap = self._drain.wait(1, now)
+        return 0.0 if gap is None else min(self.total * gap, remaining / 2)
+
+    def vacate(self, now: float = 0.0) -> W | None:
         """A slot has lost its connection: it goes to the waiter returned, or ceases to be.
 
         Above a ``limit`` that was lowered, slots are not handed on.
         """
-        if self.line and (self.limit is None or self.total <= self.limit):
-            return self.line.popitem(last=False)[0]
+        if self.waiting and (self.limit is None or self.total <= self.limit):
+            return self.next_in_line(now)
         self.total -= 1
         return None
 
     def dismiss(self) -> list[W]:
-        """Empty the line; those returned hold no slot."""
-        dismissed = list(self.line)
-        self.line.clear()
+        """Empty the lines; those returned hold no slot."""
+        dismissed = [waiter for line in self._lines for waiter in line]
+        for line in self._lines:
+            line.clear()
+        self.waiting = 0
         return dismissed
+
+    def _nobody_waits(self, now: float) -> None:
+        self._overload.observe(0.0, now)
+        self._drain.drained()
+
+    def _oldest(self) -> float:
+        """When the one who has waited longest came. Within a line the first is the oldest, whatever the order."""
+        return min(next(iter(line)).since for line in self._lines if line)
+
+    def _displace(self, lane: Lane) -> W | None:
+        """Somebody who makes room for a newcomer of ``lane``: the longest waiting of the least critical."""
+        less_critical = [line for line in self._lines[lane + 1 :] if line]
+        line = less_critical[-1] if less_critical else self._lines[lane]
+        if not less_critical and not (line and self._overload.now):
+            return None
+        self.waiting -= 1
+        return line.popitem(last=False)[0]

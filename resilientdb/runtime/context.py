@@ -40,6 +40,7 @@ V = TypeVar("V")
 
 Criticality = Literal["critical_plus", "critical", "sheddable_plus", "sheddable"]
 CRITICALITIES: tuple[Criticality, ...] = ("critical_plus", "critical", "sheddable_plus", "sheddable")
+"""Most critical first; each has its line (``policy.saturation.Lane``)."""
 
 
 @dataclass(eq=False, slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+from resilientdb.policy.saturation import Lane
 from resilientdb.runtime.clock import monotonic
 
 if TYPE_CHECKING:
@@ -25,10 +26,12 @@ _FOREVER = threading.TIMEOUT_MAX
 class Waiter:
     """Base: one caller in line. ``granted`` and ``refusal`` are written under the pool's lock, before ``wake``."""
 
-    __slots__ = ("granted", "refusal", "since")
+    __slots__ = ("granted", "lane", "refusal", "remaining", "since")
 
     def __init__(self) -> None:
         self.since = monotonic()
+        self.lane = Lane.CRITICAL
+        self.remaining: float | None = None
         self.granted: Any = None
         """What came with the slot: a connection record, or None (open one)."""
         self.refusal: Callable[[], BaseException] | None = None

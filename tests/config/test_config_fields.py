@@ -155,6 +155,8 @@ def test_a_list_of_listeners_becomes_a_tuple() -> None:
 DEFAULTS = {
     "queue.max_waiting": 50,
     "queue.timeout": 5.0,
+    "queue.target": 0.05,
+    "queue.interval": 1.0,
     "retry.attempts": 3,
     "retry.timeout": 10.0,
     "retry.wait_when_open": False,

@@ -88,7 +88,7 @@ def test_an_unknown_keyword_names_the_nearest(
 
 
 def test_an_unknown_keyword_near_to_nothing_lists_what_there_is() -> None:
-    with pytest.raises(ConfigurationError, match=r"valid: queue\.max_waiting, queue\.timeout$"):
+    with pytest.raises(ConfigurationError, match=r"valid: queue\.max_waiting, queue\.timeout, queue\.target, queue\.interval$"):
         cast("Any", SaturationQueue)(zzz=1)
 
 
@@ -201,7 +201,7 @@ def test_copies_remember_what_was_given(
 
 
 def test_asdict_holds_options_only() -> None:
-    assert asdict(SaturationQueue()) == {"max_waiting": 50, "timeout": 5.0}
+    assert asdict(SaturationQueue()) == {"max_waiting": 50, "timeout": 5.0, "target": 0.05, "interval": 1.0}
     assert set(asdict(Resilience())) == {
         "queue",
         "retry",

@@ -65,6 +65,7 @@ def test_fields_of_one_table_come_from_anywhere() -> None:
     assert got == {
         "retry.attempts": "call",
         "retry.timeout": "profile worker",
+        "retry.wait_when_open": "profile worker",
         "retry.backoff.initial": "env RESILIENTDB_RETRY_BACKOFF_INITIAL",
         "retry.backoff.maximum": "profile worker",
         "retry.backoff.multiplier": "default",

@@ -213,6 +213,15 @@ def test_nobody_there(driver: str, caplog: pytest.LogCaptureFixture) -> None:
     assert SECRET not in f"{caplog.text} {events} {control.snapshot()} {engine!r} {control.resilience!r}"
 
 
+def test_the_first_error_ever_is_the_real_one() -> None:
+    """The prober finds out between the first attempt and its retry, and opens the circuit."""
+    for _ in range(5):
+        engine = create(f"postgresql+psycopg2://app:{SECRET}@127.0.0.1:{free_port()}/app")
+        with pytest.raises(sa.exc.OperationalError, match="Connection refused"):
+            engine.connect()
+        engine.dispose()
+
+
 @pytest.fixture
 def locked(resilientdb_postgres: Postgres) -> Iterator[Postgres]:
     """The server asks one user for a password."""

@@ -9,6 +9,7 @@ import random
 import sys
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -87,6 +88,48 @@ def test_no_wake_up_is_lost(make_pool: MakePool, database: FakeDatabase, size: i
     run_together(*[work] * (4 * size if size > 1 else 6))
     assert_whole(pool, database, size)
     assert pool.stats().timeouts == 0
+
+
+def test_a_waiter_that_joins_in_the_middle_of_a_checkin(make_pool: MakePool) -> None:
+    """After the checkin has seen an empty line, before the connection is there to be seen."""
+    pool = make_pool(1, timeout=20.0)
+    held = pool.connect()
+    served: list[bool] = []
+
+    def work() -> None:
+        pool.connect().close()
+        served.append(True)
+
+    waiter = threading.Thread(target=work)
+
+    class Idle(deque[Any]):
+        def append(self, record: Any) -> None:
+            if not waiter.ident:
+                waiter.start()
+                while not pool.stats().waiting:
+                    time.sleep(0)
+            super().append(record)
+
+    pool._idle = pool._pool.queue = Idle()  # type: ignore[attr-defined]
+    pool._next = pool._idle.popleft
+    held.close()
+    waiter.join(10)
+    assert served == [True]
+
+
+def test_a_checkin_in_the_middle_of_joining(make_pool: MakePool) -> None:
+    """After the newcomer has seen no connection, before it can be seen in line."""
+    pool = make_pool(1, timeout=0.0)
+    held = pool.connect()
+    admission = pool._admission
+
+    def join(waiter: Any, *rest: Any) -> Any:
+        held.close()
+        return admission.join(waiter, *rest)
+
+    pool._admission = _Patched(admission, "join", join)  # type: ignore[assignment]
+    pool.connect().close()
+    assert pool.stats().waited == 1
 
 
 @pytest.mark.usefixtures("_hurried")

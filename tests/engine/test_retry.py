@@ -114,6 +114,28 @@ def test_interruptions_are_never_retried(error: BaseException) -> None:
     assert coroutine.made == 1
 
 
+def refusal() -> rdb.CircuitOpen:
+    return rdb.CircuitOpen("the circuit is open")
+
+
+def test_a_circuit_that_opens_between_two_attempts_does_not_hide_the_real_error() -> None:
+    policy = rdb.RetryPolicy(attempts=5, backoff=QUICK)
+    real = Refused("connection refused")
+    work = Attempts(real, refusal(), refusal(), refusal())
+    with pytest.raises(Refused) as caught:
+        work.run(policy, Refused("the first"))
+    assert caught.value is real
+    coroutine = Attempts(real, refusal(), refusal(), refusal())
+    with pytest.raises(Refused) as caught:
+        asyncio.run(
+            retrying.async_loop(coroutine.coroutine, Refused("the first"), policy, **coroutine.rules())
+        )
+    assert caught.value is real
+    only_refused = Attempts(*[refusal() for _ in range(4)])
+    with pytest.raises(rdb.CircuitOpen):
+        only_refused.run(policy, refusal())
+
+
 # -- pauses ---------------------------------------------------------------------------------------------------------
 
 

@@ -98,9 +98,9 @@ class Pool(RuleBasedStateMachine):
     def lose(self, data: st.DataObject) -> None:
         """The connection is lost, or was never made."""
         over = self.admission.limit is not None and self.admission.total > self.admission.limit
+        somebody_waits = bool(self.waiting)
         del self.holding[data.draw(st.sampled_from(list(self.holding)))]
-        if not self.serve(self.admission.vacate(), NOTHING):
-            assert over or not self.waiting
+        assert self.serve(self.admission.vacate(), NOTHING) is (somebody_waits and not over)
 
     @precondition(lambda self: self.idle)
     @rule()

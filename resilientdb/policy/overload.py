@@ -1,0 +1,71 @@
+"""Is the line standing, or only passing? And how fast is it moving?
+
+A full line is no sign of trouble if it drains at once; a short one is, if it never does. CoDel (Nichols and Jacobson,
+2012) tells the two apart by the *minimum* wait over an interval: one short wait proves that the line does drain. The
+sizes are those of a database (Elixir's ``db_connection``: 50 ms over 1 s), ten times a packet queue's.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DrainRate", "Overload"]
+
+
+class Overload:
+    """Whether everybody who was served over the last ``interval`` seconds waited longer than ``target``.
+
+    The wait looked at is that of the *oldest* in line, not of the one served: under overload the newest is served
+    first, and its short wait says nothing about the line. Not thread-safe: guarded by its owner's lock.
+    """
+
+    __slots__ = ("_above_since", "_interval", "_target", "now")
+
+    def __init__(self, target: float, interval: float) -> None:
+        self._target = target
+        self._interval = interval
+        self._above_since: float | None = None
+        self.now = False
+        """The verdict."""
+
+    def observe(self, oldest_wait: float, now: float) -> None:
+        """Somebody is served at ``now``, or nobody waits (0.0)."""
+        if oldest_wait <= self._target:
+            self._above_since = None
+            self.now = False
+        elif self._above_since is None:
+            self._above_since = now
+        elif now - self._above_since >= self._interval:
+            self.now = True
+
+
+class DrainRate:
+    """How long a place in line takes, from how long the last ones took.
+
+    An exponentially weighted mean of the time between one served and the next while somebody waits. A line that
+    has stopped moving is not taken to move as before: the time since the last was served counts too.
+    """
+
+    __slots__ = ("_gap", "_last")
+
+    _WEIGHT = 0.1
+
+    def __init__(self) -> None:
+        self._gap: float | None = None
+        self._last: float | None = None
+
+    def served(self, now: float) -> None:
+        """The line moved by one."""
+        if self._last is not None:
+            gap = now - self._last
+            self._gap = gap if self._gap is None else self._gap + self._WEIGHT * (gap - self._gap)
+        self._last = now
+
+    def drained(self) -> None:
+        """Nobody waits any more: the time until somebody does says nothing."""
+        self._last = None
+
+    def wait(self, place: int, now: float) -> float | None:
+        """Seconds until the ``place``-th in line is served; None while nothing is known."""
+        if self._gap is None:
+            return None
+        standing = 0.0 if self._last is None else now - self._last
+        return place * max(self._gap, standing / 2)
