@@ -92,7 +92,7 @@ def test_the_signatures(name: str) -> None:
 
 
 OPTIONS = {
-    "SaturationQueue": "max_waiting timeout",
+    "SaturationQueue": "max_waiting timeout target interval",
     "RetryPolicy": "attempts timeout wait_when_open backoff budget",
     "Backoff": "initial maximum multiplier jitter",
     "RetryBudget": "ratio window floor",

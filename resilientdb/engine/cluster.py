@@ -16,7 +16,7 @@ from resilientdb.config import Resilience
 from resilientdb.engine import retrying
 from resilientdb.engine.drivers import driver_of
 from resilientdb.engine.node import Node
-from resilientdb.errors import CircuitOpen, NoPrimaryAvailable, NoReplicaAvailable, ResilienceError
+from resilientdb.errors import NoPrimaryAvailable, NoReplicaAvailable, ResilienceError
 from resilientdb.events import (
     AcquisitionRetried,
     Event,
@@ -44,20 +44,22 @@ T = TypeVar("T")
 
 
 class Cluster:
-    """Shared by the pools of one engine. ``_lock`` guards ``primary`` and the budget; listeners are called
-    outside it, in order."""
+    """Shared by the pools of one engine. ``_lock`` guards ``primary`` and the budget (re-entrant: a
+    finalizer may ask for a snapshot in the middle of it); listeners are called outside it, in order."""
 
     def __init__(self, resilience: Resilience, dialect: Any, nodes: Sequence[tuple[str, Role, Any]]) -> None:
         """``nodes``: (name, role as configured, connector or None), the primary first."""
         self.resilience = resilience
         self.dialect: Dialect = dialect
         self.driver = driver_of(dialect)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._budget = Budget(resilience.retry.budget)
         self._emitter = Emitter()
         self._listeners: list[Callable[[Event], object]] = []
         self._rng = random.Random()
         self._retries = 0
+        self.patient = False
+        """Whether callers wait as long as they said (an explicit ``pool_timeout``), overload or not."""
         self.has_server = self.driver.role_query is not None
         """Whether there is a server to be probed and sessions to be lost: not for a database in this process."""
         self.nodes = [
@@ -118,7 +120,7 @@ class Cluster:
     def waits_out(self, refusal: ResilienceError) -> bool:
         """Whether a refusal is to be waited out, because nobody waits for the answer."""
         retry = self.resilience.retry
-        return retry.wait_when_open and retry.attempts > 1 and isinstance(refusal, _REFUSALS)
+        return retry.wait_when_open and retry.attempts > 1 and isinstance(refusal, retrying.REFUSALS)
 
     def retry_acquisition(
         self, attempt: Callable[[], T], first: Exception, pause: Callable[[float], None], node: str
@@ -138,7 +140,7 @@ class Cluster:
 
     def spend_retry(self, error: BaseException) -> bool:
         """Take one retry out of the budget; False (said once) when there is none left."""
-        if isinstance(error, _REFUSALS):
+        if isinstance(error, retrying.REFUSALS):
             return True  # nothing was sent, so there is nothing to ration
         with self._lock:
             was_exhausted = self._budget.exhausted
@@ -172,7 +174,7 @@ class Cluster:
 
     def after_fork(self) -> None:
         """In the child: threads did not come along, and locks may be held by threads that do not exist."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._emitter = Emitter()
         for node in self.nodes:
             node.after_fork()
@@ -216,9 +218,6 @@ class Cluster:
         waits = [after for node in self.nodes if (after := node.breaker.retry_after) is not None]
         return min(waits) if waits else None
 
-
-_REFUSALS = (CircuitOpen, NoPrimaryAvailable, NoReplicaAvailable)
-"""What a caller is told while nodes are out of service, without one of them having been asked."""
 
 _clusters: weakref.WeakSet[Cluster] = weakref.WeakSet()
 

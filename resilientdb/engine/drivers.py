@@ -223,13 +223,14 @@ def driver_of(dialect: Dialect) -> Driver:
     A dialect of another database that uses a known driver (CockroachDB over psycopg) gets that driver without
     a role query: the wire is the same, the meaning of its roles is not.
     """
-    key = (dialect.name, dialect.driver, bool(dialect.is_async))
+    # A pool made without an engine has a stand-in for a dialect.
+    key = (getattr(dialect, "name", ""), getattr(dialect, "driver", ""), bool(dialect.is_async))
     if key in _DRIVERS:
         return _DRIVERS[key]
     for (_, name, is_async), driver in _DRIVERS.items():
         if (name, is_async) == key[1:]:
             return replace(driver, role_query=None)
-    return Driver(dialect.driver)
+    return Driver(key[1])
 
 
 def _driver_connection(connection: object) -> object:

@@ -37,7 +37,9 @@ class Node:
         """Opens driver connections to this node; None: the user's own ``creator`` does."""
         self.pool: Door | None = None
         policy = cluster.resilience.breaker
-        probed = policy.enabled and policy.probe_interval is not None and cluster.has_server
+        # An asynchronous creator of the user's own may belong to the application's loop; the prober has another.
+        foreign = connector is None and cluster.dialect.is_async
+        probed = policy.enabled and policy.probe_interval is not None and cluster.has_server and not foreign
         self.breaker = CircuitBreaker(policy, name=name, probed=probed, on_move=self._on_move)
         self._prober: Prober | None = None
         if probed and policy.probe_interval is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import URL, make_url
 from sqlalchemy.engine import CreateEnginePlugin
 from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import QueuePool
 
 from resilientdb.config import URL_PREFIX, resolve
 from resilientdb.engine import hooks
@@ -112,7 +113,8 @@ class ResilientPlugin(CreateEnginePlugin):
                 f"each node needs an address of its own; given: {', '.join(names)}", key="replicas"
             )
         self._cluster = Cluster(resilience, dialect, nodes)
-        if _waits(pool_cls) and "timeout" not in pool_args:
+        self._cluster.patient = "timeout" in pool_args
+        if issubclass(pool_cls, QueuePool) and not self._cluster.patient:
             pool_args["timeout"] = resilience.queue.timeout
         pool_args["resilientdb_cluster"] = self._cluster
 
@@ -125,12 +127,6 @@ class ResilientPlugin(CreateEnginePlugin):
             remember_disabled(
                 engine, Cluster(resilience, engine.dialect, [(node_name(self._url), "unknown", None)])
             )
-
-
-def _waits(pool_cls: type[Pool]) -> bool:
-    from sqlalchemy.pool import QueuePool
-
-    return issubclass(pool_cls, QueuePool)
 
 
 def _split(value: str | Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import sys
 import threading
 import weakref
@@ -119,7 +120,7 @@ class QueueDoor(Door, QueuePool):
             limit=self._admission.limit,
             max_waiting=queue.max_waiting,
             target=queue.target,
-            interval=queue.interval,
+            interval=math.inf if self.cluster.patient else queue.interval,
         )
         # Counts go on where the pool that this one replaces has stopped.
         counted = before.stats() if before is not None else None
@@ -129,6 +130,8 @@ class QueueDoor(Door, QueuePool):
         self._rejected = counted.rejected if counted else 0
         self._opened = counted.opened if counted else 0
         self._closed = counted.closed if counted else 0
+        self._open_physical: Callable[[Any], Any] = self._invoke_creator
+        self._invoke_creator = self._counted  # type: ignore[assignment]
         self._idle: deque[Any] = self._pool.queue  # type: ignore[attr-defined]
         self._next: Callable[[], Any] = self._idle.pop if use_lifo else self._idle.popleft
         self._keep = pool_size or sys.maxsize
@@ -351,8 +354,17 @@ class QueueDoor(Door, QueuePool):
     def _create_connection(self) -> ConnectionPoolEntry:
         record = super()._create_connection()
         self._records.add(record)
-        self._opened += 1
         return record
+
+    def _counted(self, record: Any) -> Any:
+        """The pool's creator: every physical connection is opened here."""
+        connection = self._open_physical(record)
+        self._opened += 1
+        return connection
+
+    def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
+        self._closed += 1
+        super()._close_connection(connection, terminate=terminate)
 
     # -- back ----------------------------------------------------------------------------------------------
 
@@ -423,7 +435,6 @@ class QueueDoor(Door, QueuePool):
     def _discard(self, record: Any) -> None:
         """Close a connection that nobody holds, then give its slot back, whatever a listener makes of it."""
         # In this order, so that the server never sees more than the limit.
-        self._closed += 1
         try:
             record.close()
         finally:

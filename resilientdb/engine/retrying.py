@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from resilientdb.config import Backoff, RetryPolicy
 
-__all__ = ["async_loop", "loop"]
+__all__ = ["REFUSALS", "async_loop", "loop"]
 
 T = TypeVar("T")
 
-_REFUSALS = (CircuitOpen, NoPrimaryAvailable, NoReplicaAvailable)
+REFUSALS = (CircuitOpen, NoPrimaryAvailable, NoReplicaAvailable)
 """What an attempt ends with when no node was asked: no news beside an earlier attempt's real error."""
 
 
@@ -111,7 +111,7 @@ def loop(
             raise error
         try:
             return attempt()
-        except _REFUSALS:
+        except REFUSALS:
             raise
         except Exception as error:
             failure = error
@@ -119,8 +119,8 @@ def loop(
 
     try:
         return tenacity.Retrying(sleep=pause, **_options(policy, **rules))(attempt_or_first)
-    except _REFUSALS:
-        if isinstance(failure, _REFUSALS):
+    except REFUSALS:
+        if isinstance(failure, REFUSALS):
             raise
     raise failure  # what the database said, not that it was not asked again
 
@@ -139,7 +139,7 @@ async def async_loop(
             raise error
         try:
             return await attempt()
-        except _REFUSALS:
+        except REFUSALS:
             raise
         except Exception as error:
             failure = error
@@ -147,7 +147,7 @@ async def async_loop(
 
     try:
         return await tenacity.AsyncRetrying(**_options(policy, **rules))(attempt_or_first)
-    except _REFUSALS:
-        if isinstance(failure, _REFUSALS):
+    except REFUSALS:
+        if isinstance(failure, REFUSALS):
             raise
     raise failure

@@ -40,8 +40,9 @@ class Overload:
 class DrainRate:
     """How long a place in line takes, from how long the last ones took.
 
-    An exponentially weighted mean of the time between one served and the next while somebody waits. A line that
-    has stopped moving is not taken to move as before: the time since the last was served counts too.
+    An exponentially weighted mean of the time between one served and the next while somebody waits; for the first,
+    of the time it waited. So whoever is served teaches it, and no estimate of an hour ago outlives the next. A
+    line that has stopped moving is not taken to move as before: the time since the last was served counts too.
     """
 
     __slots__ = ("_gap", "_last")
@@ -52,9 +53,16 @@ class DrainRate:
         self._gap: float | None = None
         self._last: float | None = None
 
+    def begins(self, now: float) -> None:
+        """Somebody joins an empty line."""
+        self._last = now
+
     def served(self, now: float) -> None:
         """The line moved by one."""
         if self._last is not None:
+            now = max(
+                now, self._last
+            )  # threads may come to it in another order than they looked at the clock
             gap = now - self._last
             self._gap = gap if self._gap is None else self._gap + self._WEIGHT * (gap - self._gap)
         self._last = now

@@ -131,13 +131,15 @@ class Admission(Generic[W]):
         room for it, and is in line no longer.
         """
         if not self.waiting:
-            self._nobody_waits(now)
+            self._overload.observe(0.0, now)
+            self._drain.begins(now)
         displaced: W | None = None
         if self.max_waiting is not None and self.waiting >= round(self.max_waiting * _SHARES[lane]):
             displaced = self._displace(lane)
             if displaced is None:
                 return Refusal.FULL
-        elif remaining is not None:
+        elif remaining is not None and self.waiting:
+            # Who would be first in line always stays: it finds out how fast the line moves now.
             wait = self.expected_wait(lane, now)
             if wait is not None and wait > remaining - self._time_to_use(remaining, now):
                 return Refusal.HOPELESS
@@ -168,7 +170,8 @@ class Admission(Generic[W]):
     def next_in_line(self, now: float = 0.0) -> W | None:
         """Take the next to be served out of its line, to be given a slot with its connection; None: nobody waits."""
         if not self.waiting:
-            self._nobody_waits(now)
+            self._overload.observe(0.0, now)
+            self._drain.drained()
             return None
         self._overload.observe(now - self._oldest(), now)
         self._drain.served(now)
@@ -223,10 +226,6 @@ class Admission(Generic[W]):
             line.clear()
         self.waiting = 0
         return dismissed
-
-    def _nobody_waits(self, now: float) -> None:
-        self._overload.observe(0.0, now)
-        self._drain.drained()
 
     def _oldest(self) -> float:
         """When the one who has waited longest came. Within a line the first is the oldest, whatever the order."""

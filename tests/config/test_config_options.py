@@ -88,7 +88,10 @@ def test_an_unknown_keyword_names_the_nearest(
 
 
 def test_an_unknown_keyword_near_to_nothing_lists_what_there_is() -> None:
-    with pytest.raises(ConfigurationError, match=r"valid: queue\.max_waiting, queue\.timeout, queue\.target, queue\.interval$"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"valid: queue\.max_waiting, queue\.timeout, queue\.target, queue\.interval$",
+    ):
         cast("Any", SaturationQueue)(zzz=1)
 
 
