@@ -132,15 +132,16 @@ def own_answers(calls: Calls) -> None:
     assert not foreign, f"(asked, answered): {foreign[:10]}"
 
 
-def fast(calls: Calls, observer: Observer, limit: float = FAST) -> None:
-    """Nine of ten of these ended within ``limit``, all within ``EPSILON`` more."""
+def fast(calls: Calls, observer: Observer, limit: float = FAST, *, within: float | None = None) -> None:
+    """Nine of ten of these ended within ``limit``, all within ``EPSILON`` more, or ``within`` so many seconds."""
+    longest = limit + EPSILON if within is None else within
     late = calls.where(lambda call: call.seconds > limit + observer.stall(call.due, call.ended))
     if len(late) > len(calls) // 10:
         raise AssertionError(_late(late, calls, f"{limit:g} s"))
     _none_longer(
         calls,
-        lambda call: limit + EPSILON + observer.stall(call.due, call.ended),
-        f"{limit:g} s and {EPSILON:g} s",
+        lambda call: longest + observer.stall(call.due, call.ended),
+        f"{longest:g} s",
     )
 
 

@@ -57,10 +57,9 @@ def test_overload(run: Run, resilientdb_postgres: Postgres) -> None:
         known_errors(calls)
         assert goodput >= 0.9, f"{goodput:.0%} of the capacity was served in time: {dict(calls.errors())}"
         assert load.dropped == 0, f"{load.dropped} callers found no room to be refused in"
+        # Those in line when the overload is recognised are sent away then; whoever comes later, at the door.
         refused = calls.where(lambda call: type(call.error).__name__ == "PoolSaturated")
-        assert refused.quantile(0.99) <= 0.05 + run.observer.stall(begun, ended), (
-            f"{refused.quantile(0.99):.3f} s"
-        )
+        fast(refused, run.observer, within=_DEADLINE)
         calm = after.calls.due(gone_at + 1.0)
         assert calm
         assert not calm.failed, dict(calm.errors())

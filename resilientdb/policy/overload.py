@@ -7,6 +7,8 @@ sizes are those of a database (Elixir's ``db_connection``: 50 ms over 1 s), ten 
 
 from __future__ import annotations
 
+import math
+
 __all__ = ["DrainRate", "Overload"]
 
 
@@ -14,27 +16,38 @@ class Overload:
     """Whether everybody who was served over the last ``interval`` seconds waited longer than ``target``.
 
     The wait looked at is that of the *oldest* in line, not of the one served: under overload the newest is served
-    first, and its short wait says nothing about the line. Not thread-safe: guarded by its owner's lock.
+    first, and its short wait says nothing about the line. Nor does a short wait after somebody was sent away: the
+    line is short because of that. Not thread-safe: guarded by its owner's lock.
     """
 
-    __slots__ = ("_above_since", "_interval", "_target", "now")
+    __slots__ = ("_above_since", "_interval", "_sent_away_at", "_target", "now")
 
     def __init__(self, target: float, interval: float) -> None:
         self._target = target
         self._interval = interval
         self._above_since: float | None = None
+        self._sent_away_at = -math.inf
         self.now = False
         """The verdict."""
 
     def observe(self, oldest_wait: float, now: float) -> None:
-        """Somebody is served at ``now``, or nobody waits (0.0)."""
+        """Somebody is served at ``now``."""
         if oldest_wait <= self._target:
-            self._above_since = None
-            self.now = False
+            if not self.now or now - self._sent_away_at >= self._interval:
+                self.drained()
         elif self._above_since is None:
             self._above_since = now
         elif now - self._above_since >= self._interval:
             self.now = True
+
+    def sent_away(self, now: float) -> None:
+        """Somebody was taken out of the line for the good of the others."""
+        self._sent_away_at = now
+
+    def drained(self) -> None:
+        """Nobody waits any more."""
+        self._above_since = None
+        self.now = False
 
 
 class DrainRate:

@@ -131,18 +131,19 @@ class Admission(Generic[W]):
         room for it, and is in line no longer.
         """
         if not self.waiting:
-            self._overload.observe(0.0, now)
+            self._overload.drained()
             self._drain.begins(now)
-        displaced: W | None = None
+        crowded: OrderedDict[W, None] | None = None
         if self.max_waiting is not None and self.waiting >= round(self.max_waiting * _SHARES[lane]):
-            displaced = self._displace(lane)
-            if displaced is None:
+            crowded = self._line_to_shorten(lane)
+            if crowded is None:
                 return Refusal.FULL
-        elif remaining is not None and self.waiting:
+        if remaining is not None and self.waiting:
             # Who would be first in line always stays: it finds out how fast the line moves now.
             wait = self.expected_wait(lane, now)
             if wait is not None and wait > remaining - self._time_to_use(remaining, now):
                 return Refusal.HOPELESS
+        displaced = None if crowded is None else self._send_away_first(crowded, now)
         waiter.lane = lane
         waiter.since = now
         waiter.remaining = remaining
@@ -153,6 +154,8 @@ class Admission(Generic[W]):
 
     def expected_wait(self, lane: Lane, now: float) -> float | None:
         """Seconds until a newcomer of ``lane`` would be served; None while nothing is known."""
+        if not self.waiting:
+            self._drain.drained()  # the time since the last was served says nothing
         ahead = sum(len(line) for line in self._lines[:lane])
         if not self._overload.now:
             ahead += len(self._lines[lane])
@@ -170,7 +173,7 @@ class Admission(Generic[W]):
     def next_in_line(self, now: float = 0.0) -> W | None:
         """Take the next to be served out of its line, to be given a slot with its connection; None: nobody waits."""
         if not self.waiting:
-            self._overload.observe(0.0, now)
+            self._overload.drained()
             self._drain.drained()
             return None
         self._overload.observe(now - self._oldest(), now)
@@ -183,13 +186,13 @@ class Admission(Generic[W]):
         """Take out, and return, those to be shed before the next is served: who has too little time left to use
         the slot, and under overload all who waited more than twice the target.
 
-        The last in line stays: there is a slot for it.
+        The last in line stays, the newest of the most critical: there is a slot for it. Who stands behind somebody
+        with more time left is looked at when its turn comes.
         """
         shed: list[W] = []
-        for line in self._lines:
+        for line in reversed(self._lines):
             while line and self.waiting > 1 and self._is_overdue(next(iter(line)), now):
-                shed.append(line.popitem(last=False)[0])
-                self.waiting -= 1
+                shed.append(self._send_away_first(line, now))
         return shed
 
     def _is_overdue(self, waiter: W, now: float) -> bool:
@@ -231,11 +234,16 @@ class Admission(Generic[W]):
         """When the one who has waited longest came. Within a line the first is the oldest, whatever the order."""
         return min(next(iter(line)).since for line in self._lines if line)
 
-    def _displace(self, lane: Lane) -> W | None:
-        """Somebody who makes room for a newcomer of ``lane``: the longest waiting of the least critical."""
-        less_critical = [line for line in self._lines[lane + 1 :] if line]
-        line = less_critical[-1] if less_critical else self._lines[lane]
-        if not less_critical and not (line and self._overload.now):
-            return None
+    def _line_to_shorten(self, lane: Lane) -> OrderedDict[W, None] | None:
+        """Whose longest waiting makes room for a newcomer of ``lane``: the least critical's, or, under overload, its
+        own. None: nobody's."""
+        for line in reversed(self._lines[lane + 1 :]):
+            if line:
+                return line
+        own = self._lines[lane]
+        return own if own and self._overload.now else None
+
+    def _send_away_first(self, line: OrderedDict[W, None], now: float) -> W:
         self.waiting -= 1
+        self._overload.sent_away(now)
         return line.popitem(last=False)[0]

@@ -163,10 +163,13 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
     def refusal(self) -> CircuitOpen:
         """The error for a caller who got no permit, with the last real failure as its cause."""
+        after = self.retry_after
+        # It may have closed since the permit was asked for: then another attempt makes sense at once.
+        state = "was open a moment ago" if after is None else f"is {self.current_state}"
         error = CircuitOpen(
-            f"the circuit of {self.name} is {self.current_state}"
+            f"the circuit of {self.name} {state}"
             + (f"; last failure: {describe(self.last_error)}" if self.last_error is not None else ""),
-            retry_after=self.retry_after,
+            retry_after=0.0 if after is None else after,
         )
         error.__cause__ = self.last_error
         return error
