@@ -159,13 +159,14 @@ class ThreadStack(Stack):
         threading.Thread(target=self._run, args=(work, number, due, done), name=name, daemon=True).start()
 
     def _run(self, work: Work, number: int, due: float, done: Done) -> None:
+        began = time.monotonic()
         try:
             with self._scopes(work, due):
                 value = self._perform(work, number)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is what the caller saw
-            done(Call(number, due, time.monotonic(), work, error=_without_frames(error)))
+            done(Call(number, due, began, time.monotonic(), work, error=_without_frames(error)))
         else:
-            done(Call(number, due, time.monotonic(), work, value))
+            done(Call(number, due, began, time.monotonic(), work, value))
 
     def _perform(self, work: Work, number: int) -> Any:
         if work.whole and self.guarded:
@@ -213,13 +214,14 @@ class TaskStack(Stack):
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, work: Work, number: int, due: float, done: Done) -> None:
+        began = time.monotonic()
         try:
             with self._scopes(work, due):
                 value = await _cancelled_at(work.cancel_at, self._perform(work, number))
         except BaseException as error:  # noqa: BLE001 - a cancellation, too, is what the caller saw
-            done(Call(number, due, time.monotonic(), work, error=_without_frames(error)))
+            done(Call(number, due, began, time.monotonic(), work, error=_without_frames(error)))
         else:
-            done(Call(number, due, time.monotonic(), work, value))
+            done(Call(number, due, began, time.monotonic(), work, value))
 
     async def _perform(self, work: Work, number: int) -> Any:
         if work.whole and self.guarded:

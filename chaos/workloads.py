@@ -45,10 +45,11 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Call:
     """What became of one. Times: monotonic seconds. ``due`` is when it should have begun: a caller that was
-    kept waiting before it could even start has waited."""
+    kept waiting before it could even start has waited. ``began``: when its thread or task came to run."""
 
     number: int
     due: float
+    began: float
     ended: float
     work: Work
     value: Any = None

@@ -44,11 +44,11 @@ class Node:
         self._prober: Prober | None = None
         if probed and policy.probe_interval is not None:
             # The prober's thread must not keep a forgotten engine alive, by the cluster neither.
-            myself, driver = weakref.ref(self), cluster.driver
+            myself, driver, is_async = weakref.ref(self), cluster.driver, bool(cluster.dialect.is_async)
             self._prober = Prober(
                 name,
                 policy.probe_interval,
-                lambda: NodeProbe(myself, driver, policy.probe_timeout),
+                lambda: NodeProbe(myself, driver, policy.probe_timeout, is_async=is_async),
             )
             weakref.finalize(self, self._prober.stop).atexit = False
 

@@ -36,18 +36,21 @@ serves those who are connected."""
 class NodeProbe:
     """One node's examination; used by its prober's thread alone. Holds the node weakly."""
 
-    def __init__(self, node: weakref.ref[Node], driver: Driver, timeout: float) -> None:
+    def __init__(self, node: weakref.ref[Node], driver: Driver, timeout: float, *, is_async: bool) -> None:
         self._node = node
         self._driver = driver
         self._timeout = timeout
+        self._is_async = is_async
         self._connection: Any = None
         self._runner: asyncio.Runner | None = None
+        self.failed_at_once = False
         self._seen = -1
         self._used_until = 0.0
         self._answered: int | None = None
         """What the breaker's counter of that name said at the last examination."""
 
     def examine(self) -> bool:
+        again, self.failed_at_once = self.failed_at_once, False
         node = self._node()
         if node is None or not self._is_used(node):
             return False
@@ -60,29 +63,30 @@ class NodeProbe:
             try:
                 role = self._run(self._ask, node)
             except Exception as error:
-                self._discard(node)
+                self._discard()
                 # The server may have closed an idle connection; only a new one that fails, or silence, is news.
                 if fresh or monotonic() - asked_at >= self._timeout:
                     raise
                 del error
                 role = self._run(self._ask, node)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is what was seen
-            self._discard(node)
+            self._discard()
             if classify(error, Phase.CONNECT) not in _NO_EVIDENCE:
                 # A reset or a refusal takes no time, in which nobody could be served. So it is compared with the
-                # time before: one connection that is cut is no dead node. If it is dead, its callers hurry us.
-                silent = monotonic() - asked_at >= self._timeout
-                node.breaker.prober_failed(error, answered if silent else before)
+                # time before: one connection that is cut is no dead node. And it has to be so twice, a moment apart:
+                # failures that come at once harm nobody meanwhile, but an open circuit would refuse everybody.
+                self.failed_at_once = monotonic() - asked_at < self._timeout
+                if not self.failed_at_once:
+                    node.breaker.prober_failed(error, answered)
+                elif again:
+                    node.breaker.prober_failed(error, before)
             return True
         node.saw_role(role)
         node.breaker.prober_succeeded()
         return True
 
     def close(self) -> None:
-        node = self._node()
-        if node is not None:
-            self._discard(node)
-        self._connection = None
+        self._discard()
         if self._runner is not None:
             self._runner.close()
             self._runner = None
@@ -123,16 +127,16 @@ class NodeProbe:
                 watch.end()
         return self._driver.read_role(row)
 
-    def _discard(self, node: Node) -> None:
+    def _discard(self) -> None:
+        """End the connection, without asking the server where that can be had; also once the node is forgotten."""
         connection, self._connection = self._connection, None
         if connection is not None:
             with contextlib.suppress(Exception):
-                self._run(node.cluster.dialect.do_terminate, connection)
+                self._run(getattr(connection, "terminate", connection.close))
 
     def _run(self, work: Callable[..., Any], *args: Any) -> Any:
         """Call ``work``, where it may await if the driver is asynchronous."""
-        node = self._node()
-        if node is None or not node.cluster.dialect.is_async:
+        if not self._is_async:
             return work(*args)
         if self._runner is None:
             self._runner = asyncio.Runner()

@@ -7,14 +7,16 @@ condition variable): a slot with its connection, or, where the connection was lo
 has lost its connection and that nobody waits for ceases to be.
 
 **Who is next.** There is a line for each criticality, served in that order. Within a line first come is first
-served, unless the pool is *overloaded* (``policy.overload``): then the newest is served first, because the oldest
+served, unless it is *overloaded* (``policy.overload``): then the newest is served first, because the oldest
 have waited so long that their callers are about to give up, and serving them would waste the slot (adaptive LIFO, as
 at Facebook); and whoever has waited more than twice the target is sent away. A slot that comes free under overload
 is so always given to somebody who still has time to use it: that is what keeps a brown-out from becoming an outage.
+Each line has a verdict of its own: what is too much for the less critical may leave ample room for the others.
 
 **Who may wait.** At most ``max_waiting`` callers; of these, the less critical may take only their share, and a more
 critical newcomer takes the place of the least critical who has waited longest. A caller whose time would be over
-before its turn comes is refused on arrival: it would only stand in the way.
+before its turn comes is refused on arrival: it would only stand in the way. The first in line never is: it stands in
+nobody's way, and finds out whether the line still moves as slowly as it did.
 
 The bound in time is kept by the waiter itself, who leaves when it is over. Leaving and being served exclude each
 other: ``leave`` answers whether the waiter was still in line, and a waiter who was served a moment before must take
@@ -55,7 +57,7 @@ class Refusal(enum.Enum):
     DISPLACED = "pool-displaced"
     """It had to make room for a more critical caller, or, under overload, for a newer one."""
     SHED = "pool-shed"
-    """The pool is overloaded, and it had waited more than twice the target."""
+    """Its line is overloaded, and it had waited more than twice the target; or it had too little time left."""
 
 
 class Waiting(Protocol):
@@ -78,7 +80,7 @@ class Admission(Generic[W]):
     __slots__ = (
         "_drain",
         "_lines",
-        "_overload",
+        "_overloads",
         "_target",
         "limit",
         "max_waiting",
@@ -90,8 +92,8 @@ class Admission(Generic[W]):
     def __init__(
         self, *, limit: int | None, max_waiting: int | None, target: float = 0.05, interval: float = 1.0
     ) -> None:
-        """``target``: the longest wait, in seconds, that everybody may have over ``interval`` seconds without
-        the pool being overloaded."""
+        """``target``: the longest wait, in seconds, that everybody in a line may have over ``interval`` seconds
+        without its being overloaded."""
         self.limit = limit
         """Most slots at once; None = unlimited."""
         self.max_waiting = max_waiting
@@ -103,13 +105,13 @@ class Admission(Generic[W]):
         self.waited = 0
         """How many have joined a line so far."""
         self._target = target
-        self._overload = Overload(target, interval)
+        self._overloads = tuple(Overload(target, interval) for _ in Lane)
         self._drain = DrainRate()
         self._lines: tuple[OrderedDict[W, None], ...] = tuple(OrderedDict() for _ in Lane)
 
-    @property
-    def overloaded(self) -> bool:
-        return self._overload.now
+    def overloaded(self) -> tuple[bool, ...]:
+        """The verdict on each lane."""
+        return tuple(overload.now for overload in self._overloads)
 
     def depths(self) -> tuple[int, ...]:
         """Waiters in each lane."""
@@ -131,11 +133,12 @@ class Admission(Generic[W]):
         room for it, and is in line no longer.
         """
         if not self.waiting:
-            self._overload.drained()
             self._drain.begins(now)
-        crowded: OrderedDict[W, None] | None = None
+        if not self._lines[lane]:
+            self._overloads[lane].drained()
+        crowded: Lane | None = None
         if self.max_waiting is not None and self.waiting >= round(self.max_waiting * _SHARES[lane]):
-            crowded = self._line_to_shorten(lane)
+            crowded = self._lane_to_shorten(lane)
             if crowded is None:
                 return Refusal.FULL
         if remaining is not None and self.waiting:
@@ -157,7 +160,7 @@ class Admission(Generic[W]):
         if not self.waiting:
             self._drain.drained()  # the time since the last was served says nothing
         ahead = sum(len(line) for line in self._lines[:lane])
-        if not self._overload.now:
+        if not self._overloads[lane].now:
             ahead += len(self._lines[lane])
         return self._drain.wait(ahead + 1, now)
 
@@ -173,33 +176,44 @@ class Admission(Generic[W]):
     def next_in_line(self, now: float = 0.0) -> W | None:
         """Take the next to be served out of its line, to be given a slot with its connection; None: nobody waits."""
         if not self.waiting:
-            self._overload.drained()
+            for overload in self._overloads:
+                overload.drained()
             self._drain.drained()
             return None
-        self._overload.observe(now - self._oldest(), now)
         self._drain.served(now)
-        line = next(filter(None, self._lines))
+        for line, overload in zip(self._lines, self._overloads, strict=True):
+            if line:
+                overload.observe(now - next(iter(line)).since, now)
+            else:
+                overload.drained()
+        lane = self._first()
         self.waiting -= 1
-        return line.popitem(last=self._overload.now)[0]
+        return self._lines[lane].popitem(last=self._overloads[lane].now)[0]
 
     def overdue(self, now: float) -> list[W]:
         """Take out, and return, those to be shed before the next is served: who has too little time left to use
         the slot, and under overload all who waited more than twice the target.
 
-        The last in line stays, the newest of the most critical: there is a slot for it. Who stands behind somebody
-        with more time left is looked at when its turn comes.
+        The newest of the most critical stays, however long it has waited: there is a slot for it. So does the last in
+        line. Who stands behind somebody with more time left is looked at when its turn comes.
         """
         shed: list[W] = []
-        for line in reversed(self._lines):
-            while line and self.waiting > 1 and self._is_overdue(next(iter(line)), now):
-                shed.append(self._send_away_first(line, now))
+        for lane in reversed(Lane):
+            line = self._lines[lane]
+            while line and self.waiting > 1:
+                first = next(iter(line))
+                if not self._is_late(first, now) and not (
+                    self._is_too_old(first, now) and (len(line) > 1 or lane != self._first())
+                ):
+                    break
+                shed.append(self._send_away_first(lane, now))
         return shed
 
-    def _is_overdue(self, waiter: W, now: float) -> bool:
-        waited = now - waiter.since
-        if self._overload.now and waited > 2 * self._target:
-            return True
-        return waiter.remaining is not None and waited > waiter.remaining - self._time_to_use(
+    def _is_too_old(self, waiter: W, now: float) -> bool:
+        return self._overloads[waiter.lane].now and now - waiter.since > 2 * self._target
+
+    def _is_late(self, waiter: W, now: float) -> bool:
+        return waiter.remaining is not None and now - waiter.since > waiter.remaining - self._time_to_use(
             waiter.remaining, now
         )
 
@@ -230,20 +244,19 @@ class Admission(Generic[W]):
         self.waiting = 0
         return dismissed
 
-    def _oldest(self) -> float:
-        """When the one who has waited longest came. Within a line the first is the oldest, whatever the order."""
-        return min(next(iter(line)).since for line in self._lines if line)
+    def _first(self) -> Lane:
+        """The most critical lane in which somebody waits."""
+        return next(lane for lane in Lane if self._lines[lane])
 
-    def _line_to_shorten(self, lane: Lane) -> OrderedDict[W, None] | None:
+    def _lane_to_shorten(self, lane: Lane) -> Lane | None:
         """Whose longest waiting makes room for a newcomer of ``lane``: the least critical's, or, under overload, its
         own. None: nobody's."""
-        for line in reversed(self._lines[lane + 1 :]):
-            if line:
-                return line
-        own = self._lines[lane]
-        return own if own and self._overload.now else None
+        for less_critical in range(Lane.SHEDDABLE, lane, -1):
+            if self._lines[less_critical]:
+                return Lane(less_critical)
+        return lane if self._lines[lane] and self._overloads[lane].now else None
 
-    def _send_away_first(self, line: OrderedDict[W, None], now: float) -> W:
+    def _send_away_first(self, lane: Lane, now: float) -> W:
         self.waiting -= 1
-        self._overload.sent_away(now)
-        return line.popitem(last=False)[0]
+        self._overloads[lane].sent_away(now)
+        return self._lines[lane].popitem(last=False)[0]

@@ -21,9 +21,16 @@ __all__ = ["Probe", "Prober"]
 
 logger = logging.getLogger("resilientdb")
 
+_FIRST_PAUSE = 0.02
+"""Seconds before a node that failed at once is asked again, doubled up to the interval: a cut of a few
+milliseconds must not become an outage of an interval's length."""
+
 
 class Probe(Protocol):
     """One node's examination. All calls come from the prober's thread, one at a time."""
+
+    failed_at_once: bool
+    """Whether the last examination found the node refusing or cutting connections, rather than silent or well."""
 
     def examine(self) -> bool:
         """Ask once, within a bounded time, and tell the node what was seen. False: nobody needs it now."""
@@ -82,6 +89,7 @@ class Prober:
     def _run(self, wake: threading.Event) -> None:
         me = threading.current_thread()
         probe = self._make_probe()
+        pause = _FIRST_PAUSE
         try:
             while self._thread is me:
                 wake.clear()
@@ -92,7 +100,13 @@ class Prober:
                 except Exception:
                     logger.exception("probing %s failed in an unforeseen way", self._name)
                     probe.close()
+                interval = self._interval
+                if probe.failed_at_once:
+                    interval = min(pause, interval)
+                    pause = min(2 * pause, self._interval)
+                else:
+                    pause = _FIRST_PAUSE
                 if self._thread is me:
-                    wake.wait(max(0.0, self._interval - (self._clock() - began)))
+                    wake.wait(max(0.0, interval - (self._clock() - began)))
         finally:
             probe.close()

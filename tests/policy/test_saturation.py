@@ -1,12 +1,10 @@
-"""Slots and lines: checked step by step against a model that is too simple to be wrong."""
+"""Slots and the lines: checked step by step against a model that is too simple to be wrong."""
 
 from __future__ import annotations
 
-import heapq
 import itertools
-import random
-from collections import Counter
 
+import hypothesis
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -15,171 +13,228 @@ from resilientdb.policy.saturation import Admission, Lane, Refusal
 
 CONNECTION = "connection"
 NOTHING = "nothing yet"
+
 TARGET = 0.05
+INTERVAL = 0.2
 SHARES = {Lane.CRITICAL_PLUS: 1.0, Lane.CRITICAL: 1.0, Lane.SHEDDABLE_PLUS: 0.5, Lane.SHEDDABLE: 0.25}
 
 
-class Waiter:
-    lane = Lane.CRITICAL
-    since = 0.0
-    remaining: float | None = None
+SECONDS = st.sampled_from([0.01, 0.04, 0.06, 0.11, 0.25])
+REMAINING = st.sampled_from([None, 0.02, 0.2, 1.0])
 
+
+class Waiter:
     def __init__(self, number: int) -> None:
         self.number = number
+        self.lane = Lane.CRITICAL
+        self.since = 0.0
+        self.remaining: float | None = None
 
     def __repr__(self) -> str:
-        return f"<{self.number}>"
+        return f"<{self.number} {self.lane.name}>"
 
 
 class Pool(RuleBasedStateMachine):
-    """Callers, slots and idle connections, together with who should be where."""
+    """Callers, slots and idle connections, together with who should be where, in virtual time."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.now = 0.0
         self.admission: Admission[Waiter] = Admission(limit=1, max_waiting=None)
         self.numbers = itertools.count()
-        self.now = 1_000.0
         self.idle = 0
         self.holding: dict[Waiter, str] = {}
         self.lines: dict[Lane, list[Waiter]] = {lane: [] for lane in Lane}
-        self.gone: list[Waiter] = []
+        """In the order in which they came."""
+        self.out: set[Waiter] = set()
+        """Who has been sent away, or has left."""
+        self.long_since: dict[Lane, float] = {}
+        """Since when every service has seen somebody in that lane wait longer than the target."""
+        self.sent_away_at = dict.fromkeys(Lane, -1.0)
         self.allowed: float = 0
         """The most slots there may be: the limit, or what there was when it was lowered."""
         self.was_raised = False
 
-    @initialize(limit=st.none() | st.integers(1, 4), max_waiting=st.none() | st.integers(0, 9))
+    @initialize(
+        limit=st.sampled_from([1, 1, 2, 3, None]), max_waiting=st.sampled_from([4, 6, 8, 12, None, 0])
+    )
     def make(self, limit: int | None, max_waiting: int | None) -> None:
-        self.admission = Admission(limit=limit, max_waiting=max_waiting, target=TARGET, interval=0.5)
+        self.admission = Admission(limit=limit, max_waiting=max_waiting, target=TARGET, interval=INTERVAL)
 
     @property
     def waiting(self) -> list[Waiter]:
         return [waiter for line in self.lines.values() for waiter in line]
 
     def take_out(self, waiter: Waiter) -> None:
-        self.lines[waiter.lane].remove(waiter)
-        self.gone.append(waiter)
+        assert waiter not in self.out, "only once"
+        self.lines[waiter.lane].remove(waiter)  # ValueError: was not in line
+        self.out.add(waiter)
 
-    def serve(self, waiter: Waiter | None, what: str) -> bool:
-        """Check who was served, and hand it over."""
-        if waiter is None:
-            return False
-        line = next(line for line in self.lines.values() if line)
-        assert waiter is line.pop(-1 if self.admission.overloaded else 0)
-        self.holding[waiter] = what
-        return True
-
-    def shed(self) -> None:
-        """As a pool does before it serves."""
-        before = len(self.waiting)
-        sent_away = self.admission.overdue(self.now)
-        for waiter in sent_away:
-            assert waiter is self.lines[waiter.lane][0], "who has waited longest"
-            waited = self.now - waiter.since
-            out_of_time = waiter.remaining is not None and waited > waiter.remaining / 2
-            assert out_of_time or (self.admission.overloaded and waited > 2 * TARGET)
-            self.take_out(waiter)
-        assert not before or self.waiting, "one stays, for there is a slot for it"
-
-    @rule(seconds=st.sampled_from([0.001, 0.06, 0.3, 5.0]))
-    def wait(self, seconds: float) -> None:
+    @rule(seconds=SECONDS)
+    def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(lane=st.sampled_from(Lane), remaining=st.sampled_from([None, None, 0.01, 0.4, 60.0]))
-    def arrive(self, lane: Lane, remaining: float | None) -> None:
-        caller = Waiter(next(self.numbers))
-        limit, total = self.admission.limit, self.admission.total
-        if self.idle:
-            self.idle -= 1
-            self.holding[caller] = CONNECTION
-            return
-        if self.admission.try_take():
-            assert limit is None or total < limit
-            self.holding[caller] = NOTHING
-            return
-        self.join(caller, lane, remaining)
+    # -- coming ------------------------------------------------------------------------------------------------
+
+    @rule(lanes=st.lists(st.sampled_from(Lane), min_size=1, max_size=8), remaining=REMAINING)
+    def arrive(self, lanes: list[Lane], remaining: float | None) -> None:
+        for lane in lanes:
+            caller = Waiter(next(self.numbers))
+            limit, total = self.admission.limit, self.admission.total
+            if self.idle:
+                self.idle -= 1
+                self.holding[caller] = CONNECTION
+            elif self.admission.try_take():
+                assert limit is None or total < limit
+                self.holding[caller] = NOTHING
+            else:
+                self.join(caller, lane, remaining)
 
     def join(self, caller: Waiter, lane: Lane, remaining: float | None) -> None:
-        places, overloaded = self.admission.max_waiting, self.admission.overloaded
-        taken, less_critical = len(self.waiting), [one for one in self.waiting if one.lane > lane]
-        full = places is not None and taken >= round(places * SHARES[lane])
-        expected = self.admission.expected_wait(lane, self.now)
+        waiting = self.waiting
+        if not self.lines[lane]:
+            self.long_since.pop(lane, None)
+        most = self.admission.max_waiting
+        share_is_taken = most is not None and len(waiting) >= round(most * SHARES[lane])
+        overloaded = self.admission.overloaded()[lane]
+        expected = self.admission.expected_wait(lane, self.now) if waiting else None
+        less_critical = [line for line in list(self.lines.values())[lane + 1 :] if line]
         answer = self.admission.join(caller, lane, self.now, remaining)
-        if isinstance(answer, Refusal):
-            self.gone.append(caller)
-            if answer is Refusal.FULL:
-                assert full
-                assert not less_critical, "somebody less critical should have made room"
-            else:
-                assert answer is Refusal.HOPELESS
-                assert taken, "who would be first in line finds out how fast it moves"
-                assert remaining is not None
-                assert expected is not None
-                assert expected > remaining / 2
+        if answer is Refusal.FULL:
+            assert share_is_taken
+            assert not less_critical
+            assert not (overloaded and self.lines[lane])
             return
+        if answer is Refusal.HOPELESS:
+            assert expected is not None, "the first in line is never refused so"
+            assert remaining is not None
+            assert expected > remaining / 2, "more than half of it is never kept for use"
+            return
+        assert not isinstance(answer, Refusal)
+        assert expected is None or remaining is None or expected <= remaining
+        assert (answer is not None) is share_is_taken
         if answer is not None:
-            assert full
-            worst = max(one.lane for one in less_critical) if less_critical else lane
-            assert less_critical or overloaded
-            assert answer is self.lines[worst][0], "the longest waiting of the least critical"
+            if less_critical:
+                assert answer is less_critical[-1][0], "the least critical who has waited longest"
+            else:
+                assert overloaded
+                assert answer is self.lines[lane][0]
             self.take_out(answer)
-        else:
-            assert not full
+            self.sent_away_at[answer.lane] = self.now
         self.lines[lane].append(caller)
+
+    # -- leaving -----------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        waiter = data.draw(st.sampled_from(self.waiting))
-        self.take_out(waiter)
-        assert self.admission.leave(waiter)
+        gone = data.draw(st.sampled_from(self.waiting))
+        self.take_out(gone)
+        assert self.admission.leave(gone)
 
-    @precondition(lambda self: self.holding or self.gone)
+    @precondition(lambda self: self.holding or self.out)
     @rule(data=st.data())
     def leave_too_late(self, data: st.DataObject) -> None:
-        assert not self.admission.leave(data.draw(st.sampled_from([*self.holding, *self.gone])))
+        gone = sorted([*self.holding, *self.out], key=lambda waiter: waiter.number)
+        assert not self.admission.leave(data.draw(st.sampled_from(gone)))
+
+    @rule()
+    def dismiss(self) -> None:
+        assert self.admission.dismiss() == self.waiting
+        for gone in self.waiting:
+            self.take_out(gone)
+
+    # -- a slot comes free -------------------------------------------------------------------------------------
+
+    def shed(self) -> None:
+        """As a pool does before it serves."""
+        before, overloaded = self.waiting, self.admission.overloaded()
+        for gone in self.admission.overdue(self.now):
+            assert gone is self.lines[gone.lane][0], "who has waited longest goes first"
+            waited = self.now - gone.since
+            too_old = overloaded[gone.lane] and waited > 2 * TARGET
+            too_late = gone.remaining is not None and waited > gone.remaining / 2
+            assert too_old or too_late
+            self.take_out(gone)
+            self.sent_away_at[gone.lane] = self.now
+            assert too_late or gone.lane >= self.waiting[0].lane, "there is a slot for the most critical"
+        left = self.waiting
+        assert left or not before, "the last in line is never shed"
+        for waiter in left:
+            if overloaded[waiter.lane] and self.now - waiter.since > 2 * TARGET:
+                assert self.lines[waiter.lane] == [waiter], "the newest"
+                assert waiter is left[0] or len(left) == 1, "of the most critical"
+
+    def serve(self, waiter: Waiter | None, before: tuple[bool, ...], what: str) -> bool:
+        """Check who was served, and hand it over. ``before``: the verdicts then."""
+        if waiter is None:
+            if not self.waiting:
+                self.long_since.clear()
+            return False
+        after = self.admission.overloaded()
+        for lane, line in self.lines.items():
+            if line:
+                self.check_verdict(lane, self.now - line[0].since, before[lane])
+            else:
+                self.long_since.pop(lane, None)
+                assert not after[lane]
+        line = next(filter(None, self.lines.values()))
+        assert waiter is line[-1 if after[waiter.lane] else 0], "newest first, under overload only"
+        line.remove(waiter)
+        self.holding[waiter] = what
+        return True
+
+    def check_verdict(self, lane: Lane, oldest_wait: float, before: bool) -> None:
+        after = self.admission.overloaded()[lane]
+        if oldest_wait > TARGET:
+            since = self.long_since.setdefault(lane, self.now)
+            assert after is (before or self.now - since >= INTERVAL)
+        elif before and self.now - self.sent_away_at[lane] < INTERVAL:
+            assert after, "short only because somebody was sent away"
+        else:
+            self.long_since.pop(lane, None)
+            assert not after
 
     @precondition(lambda self: self.holding)
-    @rule(data=st.data())
-    def connect(self, data: st.DataObject) -> None:
-        self.holding[data.draw(st.sampled_from(list(self.holding)))] = CONNECTION
+    @rule(data=st.data(), count=st.integers(1, 6), pause=SECONDS, lost=st.booleans(), shed=st.booleans())
+    def finish(self, data: st.DataObject, count: int, pause: float, lost: bool, shed: bool) -> None:
+        for holder in data.draw(st.permutations(list(self.holding)))[:count]:
+            self.now += pause
+            del self.holding[holder]
+            if shed:
+                self.shed()
+            if lost:
+                self.lose()
+            else:
+                self.give_back()
 
-    @precondition(lambda self: CONNECTION in self.holding.values())
-    @rule(data=st.data(), shed=st.booleans())
-    def give_back(self, data: st.DataObject, shed: bool) -> None:
-        if shed:
-            self.shed()
-        holders = [caller for caller, what in self.holding.items() if what == CONNECTION]
-        del self.holding[data.draw(st.sampled_from(holders))]
-        somebody_waits = bool(self.waiting)
-        served = self.serve(self.admission.next_in_line(self.now), CONNECTION)
-        assert served is somebody_waits
-        self.idle += not served
+    def give_back(self) -> None:
+        before = self.admission.overloaded()
+        if not self.serve(self.admission.next_in_line(self.now), before, CONNECTION):
+            assert not self.waiting
+            assert not any(self.admission.overloaded())
+            self.idle += 1
 
-    @precondition(lambda self: self.holding or self.idle)
-    @rule(data=st.data(), shed=st.booleans())
-    def lose(self, data: st.DataObject, shed: bool) -> None:
-        """A connection is lost, or was never made."""
-        if shed:
-            self.shed()
+    def lose(self) -> None:
+        """The connection is lost, or was never made."""
         over = self.admission.limit is not None and self.admission.total > self.admission.limit
-        somebody_waits = bool(self.waiting)
-        if self.idle:
-            self.idle -= 1
-        else:
-            del self.holding[data.draw(st.sampled_from(list(self.holding)))]
-        assert self.serve(self.admission.vacate(self.now), NOTHING) is (somebody_waits and not over)
+        somebody_waits, before = bool(self.waiting), self.admission.overloaded()
+        served = self.serve(self.admission.vacate(self.now), before, NOTHING)
+        assert served is (somebody_waits and not over)
+
+    @precondition(lambda self: self.idle)
+    @rule()
+    def close_idle(self) -> None:
+        self.idle -= 1
+        before = self.admission.overloaded()
+        self.serve(self.admission.vacate(self.now), before, NOTHING)
 
     @rule(limit=st.integers(1, 4))
     def change_limit(self, limit: int) -> None:
         before, self.admission.limit = self.admission.limit, limit
         self.was_raised |= before is not None and limit > before
 
-    @rule()
-    def dismiss(self) -> None:
-        dismissed = self.admission.dismiss()
-        assert sorted(dismissed, key=id) == sorted(self.waiting, key=id)
-        for waiter in dismissed:
-            self.take_out(waiter)
+    # -- always ------------------------------------------------------------------------------------------------
 
     @invariant()
     def no_slot_is_lost_or_invented(self) -> None:
@@ -187,7 +242,8 @@ class Pool(RuleBasedStateMachine):
 
     @invariant()
     def never_more_than_allowed(self) -> None:
-        limit, total = self.admission.limit, self.admission.total
+        limit = self.admission.limit
+        total = self.admission.total
         if limit is not None:
             self.allowed = max(limit, min(self.allowed, total) if self.allowed else total)
             assert total <= self.allowed
@@ -207,157 +263,156 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
+TestPool.settings = hypothesis.settings(
+    max_examples=max(200, hypothesis.settings.default.max_examples), stateful_step_count=80
+)
 
 
-# -- many steps of virtual time -----------------------------------------------------------------------------------
+# -- by example -------------------------------------------------------------------------------------------------
 
 
-class Simulation:
-    """Callers come at random, wait for at most a while, hold for a while, and sometimes lose what they hold.
-
-    Load swings between half and twice of what the five connections can bear."""
-
-    def __init__(self, seed: int) -> None:
-        self.chance = random.Random(seed)
-        self.admission: Admission[Waiter] = Admission(limit=5, max_waiting=20, target=0.5, interval=5.0)
-        self.now = 0.0
-        self.serial = itertools.count()
-        self.events: list[tuple[float, int, str, Waiter]] = []
-        self.idle = 0
-        self.holding: dict[Waiter, bool] = {}
-        self.line: set[Waiter] = set()
-        self.seen: Counter[str] = Counter()
-
-    def later(self, mean: float, what: str, who: Waiter) -> None:
-        at = self.now + self.chance.expovariate(1 / mean)
-        heapq.heappush(self.events, (at, next(self.serial), what, who))
-
-    def hold(self, who: Waiter, *, connected: bool) -> None:
-        assert who not in self.holding
-        self.holding[who] = connected
-        self.later(1.0 if connected else 1.5, "finish", who)
-
-    def pass_on(self, who: Waiter | None, *, connected: bool) -> bool:
-        if who is None:
-            return False
-        self.line.remove(who)
-        self.seen["handed on"] += 1
-        self.seen["newest first"] += self.admission.overloaded
-        self.hold(who, connected=connected)
-        return True
-
-    def arrive(self, who: Waiter) -> None:
-        self.later(0.4 if self.now // 50 % 2 else 0.1, "arrive", Waiter(next(self.serial)))
-        if self.idle:
-            self.idle -= 1
-            self.hold(who, connected=True)
-        elif self.admission.try_take():
-            self.hold(who, connected=False)
-        else:
-            lane = Lane(self.chance.randrange(4))
-            remaining = self.chance.choice([None, 0.5, 3.0])
-            answer = self.admission.join(who, lane, self.now, remaining)
-            if isinstance(answer, Refusal):
-                self.seen[answer.value] += 1
-                return
-            if answer is not None:
-                self.line.remove(answer)
-                self.seen["displaced"] += 1
-            self.line.add(who)
-            self.later(2.0, "give up", who)
-
-    def give_up(self, who: Waiter) -> None:
-        assert self.admission.leave(who) is (who in self.line)
-        self.seen["gave up"] += who in self.line
-        self.line.discard(who)
-
-    def finish(self, who: Waiter) -> None:
-        for late in self.admission.overdue(self.now):
-            self.line.remove(late)
-            self.seen["shed"] += 1
-        del self.holding[who]
-        self.seen["served"] += 1
-        if self.chance.random() < 0.1:
-            self.seen["lost"] += 1
-            self.pass_on(self.admission.vacate(self.now), connected=False)
-        elif not self.pass_on(self.admission.next_in_line(self.now), connected=True):
-            self.idle += 1
-
-    def run(self, steps: int) -> None:
-        actions = {"arrive": self.arrive, "give up": self.give_up, "finish": self.finish}
-        self.arrive(Waiter(next(self.serial)))
-        for step in range(steps):
-            self.now, _, what, who = heapq.heappop(self.events)
-            actions[what](who)
-            if step % 5_000 == 4_999:
-                self.seen["dismissed"] += len(self.admission.dismiss())
-                self.line.clear()
-            admission = self.admission
-            assert admission.total == self.idle + len(self.holding) <= 5
-            assert admission.waiting == len(self.line) <= 20
-            assert not (self.line and self.idle)
-            assert not self.line or admission.total == 5
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_day_in_virtual_time(seed: int) -> None:
-    simulation = Simulation(seed)
-    simulation.run(60_000)
-    outcomes = "served|handed on|newest first|pool-saturated|pool-would-be-late|displaced|shed|gave up|lost"
-    rare = {what: simulation.seen[what] for what in outcomes.split("|") if simulation.seen[what] < 30}
-    assert rare == {}, "everything that can happen did happen"
-    assert simulation.seen["dismissed"] > 0
-
-
-@pytest.mark.nightly
-def test_a_year_in_virtual_time() -> None:
-    Simulation(4).run(1_500_000)
-
-
-def test_two_simulations_of_one_seed_are_the_same() -> None:
-    twins = [Simulation(9), Simulation(9)]
-    for twin in twins:
-        twin.run(2_000)
-    assert twins[0].seen == twins[1].seen
-    assert twins[0].now == twins[1].now
-
-
-# -- single promises ----------------------------------------------------------------------------------------------
-
-
-def full(max_waiting: int | None = None) -> Admission[Waiter]:
-    admission: Admission[Waiter] = Admission(limit=1, max_waiting=max_waiting)
-    assert admission.try_take()
+def make(max_waiting: int | None = 4, limit: int = 1) -> Admission[Waiter]:
+    admission: Admission[Waiter] = Admission(
+        limit=limit, max_waiting=max_waiting, target=TARGET, interval=INTERVAL
+    )
+    while admission.try_take():
+        pass
     return admission
 
 
+def overloaded(max_waiting: int | None = 4) -> tuple[Admission[Waiter], Waiter, float]:
+    """One who has waited long is in line. Also returns it, and what time it is."""
+    admission = make(max_waiting)
+    first, oldest, newest = (Waiter(number) for number in range(3))
+    for waiter in (first, oldest, newest):
+        admission.join(waiter, Lane.CRITICAL, 0.0)
+    assert [admission.next_in_line(now) for now in (1.0, 2.0)] == [first, newest]
+    assert admission.overloaded()[Lane.CRITICAL]
+    return admission, oldest, 2.0
+
+
 def test_zero_places_to_wait() -> None:
-    admission = full(max_waiting=0)
+    admission = make(max_waiting=0)
     assert admission.join(Waiter(0)) is Refusal.FULL
     assert admission.waited == 0
 
 
-def test_an_old_stall_does_not_refuse_anybody_for_ever() -> None:
-    """Whoever would be first in line is let in, however bad the last estimate, and corrects it."""
-    admission = full()
-    for number in range(3):
-        assert admission.join(Waiter(number), now=0.0) is None
-    for at in (0.0, 30.0, 60.0):
-        assert admission.next_in_line(at) is not None
-    for minute in range(2, 60):
-        now = 60.0 * minute
-        assert admission.join(Waiter(minute), now=now, remaining=0.8) is None
-        assert admission.next_in_line(now + 0.01) is not None
-    now = 3_600.0
-    assert [admission.join(Waiter(number), now=now, remaining=0.8) for number in range(5)] == [None] * 5
+@pytest.mark.parametrize("lane", Lane)
+def test_each_criticality_has_its_share_of_the_places(lane: Lane) -> None:
+    admission = make(max_waiting=40)
+    answers = [admission.join(Waiter(number), lane) for number in range(50)]
+    assert answers == [None] * round(40 * SHARES[lane]) + [Refusal.FULL] * (50 - round(40 * SHARES[lane]))
+
+
+def test_the_more_critical_displace_the_least_critical_who_has_waited_longest() -> None:
+    admission = make(max_waiting=4)
+    sheddable, critical, first, second = (Waiter(number) for number in range(4))
+    for waiter, lane in (
+        (sheddable, Lane.SHEDDABLE),
+        (first, Lane.SHEDDABLE_PLUS),
+        (critical, Lane.CRITICAL),
+        (second, Lane.CRITICAL),
+    ):
+        assert admission.join(waiter, lane) is None
+    plus = [Waiter(number) for number in range(4, 9)]
+    answers = [admission.join(waiter, Lane.CRITICAL_PLUS) for waiter in plus]
+    assert answers == [sheddable, first, critical, second, Refusal.FULL]
+    assert not admission.leave(sheddable), "it stands in line no longer"
+
+
+def test_a_hopeless_caller_displaces_nobody() -> None:
+    admission = make(max_waiting=5)
+    for number in range(2):
+        admission.join(Waiter(number), Lane.CRITICAL, 0.0)
+    for now in (1.0, 2.0):
+        admission.next_in_line(now)  # one place a second
+    admission.join(Waiter(2), Lane.SHEDDABLE, 2.0)
+    for number in range(4):
+        admission.join(Waiter(number), Lane.CRITICAL, 2.0)
+    assert admission.depths() == (0, 4, 0, 1)
+    assert admission.join(Waiter(5), Lane.CRITICAL, 2.0, 4.0) is Refusal.HOPELESS
+    assert admission.depths() == (0, 4, 0, 1)
+    assert isinstance(admission.join(Waiter(6), Lane.CRITICAL, 2.0, 20.0), Waiter)
+    assert admission.depths() == (0, 5, 0, 0)
+
+
+def test_after_a_standstill_the_first_to_come_is_let_in_and_shows_that_it_is_over() -> None:
+    """Else a pool whose callers all have deadlines would refuse them for ever, by what it knew of long ago."""
+    admission, now = make(max_waiting=None), 0.0
+    for number in range(5):
+        admission.join(Waiter(number), Lane.CRITICAL, now)
+    for _ in range(5):
+        now += 60.0
+        admission.next_in_line(now)
+    accepted = []
+    for number in range(200):
+        first, second = Waiter(number), Waiter(number)
+        assert admission.join(first, Lane.CRITICAL, now, 1.0) is None
+        accepted.append(admission.join(second, Lane.CRITICAL, now, 1.0) is None)
+        while admission.waiting:
+            now += 0.004
+            admission.next_in_line(now)
+    assert not accepted[0]
+    assert all(accepted[100:])
+
+
+def test_who_comes_to_an_idle_pool_is_not_told_to_wait_as_long_as_it_was_idle() -> None:
+    admission, now = make(), 0.0
+    for number in range(2):
+        admission.join(Waiter(number), Lane.CRITICAL, now)
+    for _ in range(2):
+        now += 0.01
+        admission.next_in_line(now)
+    assert admission.expected_wait(Lane.SHEDDABLE, now + 3600) == pytest.approx(0.01)
+
+
+def test_under_overload_the_newest_is_served_and_the_oldest_makes_room() -> None:
+    admission, oldest, now = overloaded(max_waiting=4)
+    newcomers = [Waiter(number) for number in range(10, 14)]
+    assert [admission.join(waiter, Lane.CRITICAL, now) for waiter in newcomers] == [None, None, None, oldest]
+    assert admission.next_in_line(now) is newcomers[-1]
+
+
+def test_shedding_leaves_the_newest_of_the_most_critical() -> None:
+    admission, oldest, now = overloaded(max_waiting=None)
+    stays = Waiter(4)
+    admission.join(stays, Lane.CRITICAL, now)
+    assert admission.overdue(now + 1.0) == [oldest]
+    assert admission.overdue(now + 2.0) == []
+    sheddable = Waiter(5)
+    admission.join(sheddable, Lane.SHEDDABLE, now + 2.0)
+    assert admission.overdue(now + 2.0) == []
+    assert admission.next_in_line(now + 2.0) is stays
+
+
+def test_the_less_critical_are_no_reason_to_shed_the_more_critical() -> None:
+    admission, _, now = overloaded(max_waiting=None)
+    first, second = Waiter(4), Waiter(5)
+    for waiter in (first, second):
+        admission.join(waiter, Lane.CRITICAL_PLUS, now)
+    assert first not in admission.overdue(now + 1.0)
+    assert admission.overloaded() == (False, True, False, False)
+    assert admission.next_in_line(now + 1.0) is first
 
 
 def test_who_cannot_be_served_in_time_is_refused_on_arrival() -> None:
-    admission = full()
+    admission = make(max_waiting=None)
     for number in range(10):
-        assert admission.join(Waiter(number), now=0.0) is None
-    for step in range(1, 6):
-        assert admission.next_in_line(0.1 * step) is not None
-    assert admission.join(Waiter(10), now=0.5, remaining=0.2) is Refusal.HOPELESS
-    assert admission.join(Waiter(11), now=0.5, remaining=60.0) is None
-    assert admission.join(Waiter(12), Lane.CRITICAL_PLUS, now=0.5, remaining=0.25) is None, "ahead of all"
+        admission.join(Waiter(number), Lane.CRITICAL, 0.0)
+    for now in (0.1, 0.2):
+        admission.next_in_line(now)
+    assert admission.join(Waiter(10), Lane.CRITICAL, 0.2, 0.7) is Refusal.HOPELESS
+    assert admission.join(Waiter(11), Lane.CRITICAL, 0.2, 10.0) is None
+    assert admission.join(Waiter(12), Lane.CRITICAL_PLUS, 0.2, 0.7) is None, "ahead of all"
+
+
+def test_overload_is_not_over_because_the_line_was_cut_short() -> None:
+    admission, oldest, now = overloaded(max_waiting=None)
+    for number in range(2):
+        admission.join(Waiter(number), Lane.CRITICAL, now)
+    assert admission.overdue(now) == [oldest]
+    admission.next_in_line(now)
+    assert admission.overloaded()[Lane.CRITICAL]
+    admission.next_in_line(now)
+    assert admission.next_in_line(now) is None
+    assert not any(admission.overloaded()), "nobody waits any more"

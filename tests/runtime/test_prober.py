@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 class Probe:
+    failed_at_once = False
+
     def __init__(self) -> None:
         self.examined = threading.Semaphore(0)
         self.closed = threading.Semaphore(0)

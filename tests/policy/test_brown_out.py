@@ -1,0 +1,268 @@
+"""What callers get from a pool under overload: a simulation in virtual time, with the real admission.
+
+Five slots, fifty places, 20 ms a transaction: 250 a second are possible. Clients come at random and want their
+answer within a second. What is measured is *goodput*: answers that came in time, as a share of what was possible.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+
+from resilientdb.policy.saturation import Admission, Lane, Refusal
+
+SLOTS, PLACES, SERVICE = 5, 50, 0.02
+CAPACITY = SLOTS / SERVICE
+PATIENCE = 1.0
+"""Seconds after which a client no longer wants its answer."""
+QUEUE_TIMEOUT = 5.0
+"""Seconds after which a waiter leaves whose deadline nobody told the queue: its client has gone long ago."""
+NEVER = 1e9
+"""As the interval: nothing is ever called overload. What is left is a bounded line, first come first served."""
+TIMED_OUT = "pool-timeout"
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Clients of one kind: so many a second, each of whom keeps a slot for so long."""
+
+    rate: float
+    lane: Lane = Lane.CRITICAL
+    seconds: float = SERVICE
+
+
+@dataclass(eq=False, slots=True)
+class Client:
+    came: float
+    stream: Stream
+    work: float
+    lane: Lane
+    since: float = 0.0
+    remaining: float | None = None
+    took: float = math.inf
+    """Seconds from coming to the answer."""
+    ended: float = math.inf
+    refused: str | None = None
+
+
+class World:
+    """Clients, a pool and a database, which is ``slower`` by a factor in a span of time."""
+
+    def __init__(
+        self,
+        seed: int,
+        *streams: Stream,
+        interval: float = 1.0,
+        deadlines: bool = False,
+        slow: tuple[float, float] = (math.inf, math.inf),
+        slower: float = 10.0,
+    ) -> None:
+        self.chance = random.Random(seed)
+        self.admission: Admission[Client] = Admission(limit=SLOTS, max_waiting=PLACES, interval=interval)
+        self.deadlines = deadlines
+        """Whether the queue is told of the clients' patience."""
+        self.slow, self.slower = slow, slower
+        self.now = 0.0
+        self.serial = itertools.count()
+        self.events: list[tuple[float, int, str, Client]] = []
+        self.idle = 0
+        self.clients: list[Client] = []
+        for stream in streams:
+            self.expect(stream)
+
+    def later(self, seconds: float, what: str, who: Client) -> None:
+        heapq.heappush(self.events, (self.now + seconds, next(self.serial), what, who))
+
+    def expect(self, stream: Stream) -> None:
+        seconds = self.chance.expovariate(stream.rate)
+        work = stream.seconds * self.chance.uniform(0.5, 1.5)
+        self.later(seconds, "arrive", Client(self.now + seconds, stream, work, stream.lane))
+
+    def serve(self, client: Client) -> None:
+        begin, end = self.slow
+        self.later(client.work * (self.slower if begin <= self.now < end else 1.0), "finish", client)
+
+    def refuse(self, client: Client, why: str) -> None:
+        client.refused, client.ended = why, self.now
+
+    def arrive(self, client: Client) -> None:
+        self.expect(client.stream)
+        self.clients.append(client)
+        if self.idle:
+            self.idle -= 1
+            self.serve(client)
+        elif self.admission.try_take():
+            self.serve(client)
+        else:
+            answer = self.admission.join(client, client.lane, self.now, PATIENCE if self.deadlines else None)
+            if isinstance(answer, Refusal):
+                self.refuse(client, answer.value)
+                return
+            if answer is not None:
+                self.refuse(answer, Refusal.DISPLACED.value)
+            self.later(PATIENCE if self.deadlines else QUEUE_TIMEOUT, "give up", client)
+
+    def give_up(self, client: Client) -> None:
+        if self.admission.leave(client):
+            self.refuse(client, TIMED_OUT)
+
+    def finish(self, client: Client) -> None:
+        client.took, client.ended = self.now - client.came, self.now
+        for shed in self.admission.overdue(self.now):
+            self.refuse(shed, Refusal.SHED.value)
+        served = self.admission.next_in_line(self.now)
+        if served is None:
+            self.idle += 1
+        else:
+            self.serve(served)
+
+    def run(self, seconds: float) -> World:
+        actions = {"arrive": self.arrive, "give up": self.give_up, "finish": self.finish}
+        while self.events[0][0] < seconds:
+            self.now, _, what, client = heapq.heappop(self.events)
+            actions[what](client)
+        return self
+
+    # -- what came of it ---------------------------------------------------------------------------------------
+
+    def arrived(self, begin: float, end: float) -> list[Client]:
+        return [client for client in self.clients if begin <= client.came < end]
+
+    def answered(self, begin: float, end: float) -> list[Client]:
+        return [client for client in self.clients if begin <= client.ended < end and not client.refused]
+
+    def goodput(self, begin: float, end: float, capacity: float = CAPACITY) -> float:
+        """Of what was possible in that time: all who came, or all that the database can do."""
+        good = sum(client.took <= PATIENCE for client in self.answered(begin, end))
+        return good / min(len(self.arrived(begin, end)), capacity * (end - begin))
+
+    def p99(self, begin: float, end: float) -> float:
+        took = sorted(client.took for client in self.answered(begin, end))
+        return took[len(took) * 99 // 100]
+
+    def refused(self, begin: float, end: float) -> Counter[str]:
+        return Counter(client.refused for client in self.arrived(begin, end) if client.refused)
+
+
+DEADLINES = pytest.mark.parametrize("deadlines", [False, True], ids=["deadlines-unknown", "deadlines-known"])
+SEEDS = pytest.mark.parametrize(
+    "seed", [1, 2, *(pytest.param(s, marks=pytest.mark.nightly) for s in range(3, 20))]
+)
+
+
+# -- more clients than the database can serve ---------------------------------------------------------------------
+
+
+@SEEDS
+@DEADLINES
+@pytest.mark.parametrize("load", [0.5, 1, 2, 5, 10])
+def test_under_any_steady_load_the_database_works_for_clients_who_are_still_there(
+    load: float, deadlines: bool, seed: int
+) -> None:
+    world = World(seed, Stream(load * CAPACITY), deadlines=deadlines).run(20)
+    assert world.goodput(0, 20) >= 0.95
+    assert world.p99(0, 20) <= 0.3
+    if load <= 0.5:
+        assert not world.refused(0, 20)
+
+
+@SEEDS
+def test_who_is_refused_is_told_soon(seed: int) -> None:
+    world = World(seed, Stream(5 * CAPACITY)).run(20)
+    waited = [client.ended - client.came for client in world.arrived(0, 19) if client.refused]
+    assert len(waited) > 10_000
+    assert max(waited) <= 0.3
+
+
+# -- a database that becomes slow ---------------------------------------------------------------------------------
+
+
+@SEEDS
+@DEADLINES
+@pytest.mark.parametrize("load", [0.5, 2, 10])
+def test_a_brown_out_is_no_outage(load: float, deadlines: bool, seed: int) -> None:
+    """Ten times slower for 15 s: as much as is still possible gets done, and afterwards all is as before."""
+    world = World(seed, Stream(load * CAPACITY), deadlines=deadlines, slow=(5, 20)).run(30)
+    assert world.goodput(5, 20, CAPACITY / 10) >= 0.9
+    assert world.goodput(20.5, 30) >= 0.95
+    assert world.p99(20.5, 30) <= 0.3
+    for second in range(21, 30):
+        assert world.goodput(second, second + 1) >= 0.85
+
+
+@SEEDS
+def test_a_bounded_line_alone_turns_it_into_one(seed: int) -> None:
+    """The same world without overload control: all the places are taken by clients who have given up. (Once the
+    queue knows their deadlines, it need not guess.)"""
+    bare = World(seed, Stream(0.5 * CAPACITY), interval=NEVER, slow=(5, 20)).run(30)
+    assert bare.goodput(5, 20, CAPACITY / 10) < 0.3
+    assert bare.p99(5, 20) > 2 * PATIENCE
+    told = World(seed, Stream(0.5 * CAPACITY), interval=NEVER, slow=(5, 20), deadlines=True).run(30)
+    assert told.goodput(5, 20, CAPACITY / 10) >= 0.85
+    assert told.refused(5, 20)[Refusal.HOPELESS.value] > 100
+
+
+@SEEDS
+def test_after_a_standstill_it_works_again_as_soon_as_the_slots_are_free(seed: int) -> None:
+    """A hundred times slower, so that nobody is served in time, and all callers have deadlines: what the queue has
+    learned in that minute must not outlive it."""
+    world = World(seed, Stream(CAPACITY), deadlines=True, slow=(5, 65), slower=100).run(75)
+    longest = 1.5 * SERVICE * 100
+    assert world.goodput(65 + longest, 75) >= 0.95
+
+
+# -- not all work is alike ----------------------------------------------------------------------------------------
+
+
+@SEEDS
+@DEADLINES
+@pytest.mark.parametrize("load", [1, 2, 5])
+def test_fast_and_slow_work_together(load: float, deadlines: bool, seed: int) -> None:
+    """Nine of ten take 10 ms, the tenth takes 110 ms: on average 20 ms, as before."""
+    fast, slow = Stream(0.9 * load * CAPACITY, seconds=0.01), Stream(0.1 * load * CAPACITY, seconds=0.11)
+    world = World(seed, fast, slow, deadlines=deadlines).run(20)
+    assert world.goodput(0, 20) >= 0.9
+    assert world.p99(0, 20) <= 0.4
+    # Neither kind is starved for the other's sake.
+    served = Counter(client.stream for client in world.answered(0, 20))
+    came = Counter(client.stream for client in world.arrived(0, 20))
+    assert served[slow] / came[slow] >= 0.8 * served[fast] / came[fast]
+    assert served[fast] / came[fast] >= 0.8 * served[slow] / came[slow]
+
+
+def share_served(world: World, lane: Lane) -> float:
+    came = [client for client in world.arrived(2, 29) if client.lane is lane]
+    return sum(client.took <= PATIENCE for client in came) / len(came)
+
+
+@SEEDS
+@DEADLINES
+def test_what_matters_most_does_not_feel_an_overload_of_the_rest(deadlines: bool, seed: int) -> None:
+    """Twice the load, a quarter of it of each criticality: half can be served, and it is the upper half."""
+    world = World(seed, *(Stream(0.5 * CAPACITY, lane) for lane in Lane), deadlines=deadlines).run(30)
+    shares = [share_served(world, lane) for lane in Lane]
+    assert shares[Lane.CRITICAL_PLUS] >= 0.99
+    assert shares[Lane.CRITICAL] >= 0.85
+    assert shares[Lane.SHEDDABLE_PLUS] <= 0.15
+    assert shares[Lane.SHEDDABLE] <= 0.01
+    assert shares == sorted(shares, reverse=True)
+    assert world.goodput(0, 30) >= 0.95
+
+
+@SEEDS
+@DEADLINES
+def test_nor_a_brown_out_as_long_as_there_is_room_for_it(deadlines: bool, seed: int) -> None:
+    """Ten times slower; critical_plus work takes half of what is left, and five times too much of the rest wants
+    the other half."""
+    plus = Stream(0.05 * CAPACITY, Lane.CRITICAL_PLUS)
+    world = World(seed, plus, Stream(0.45 * CAPACITY, Lane.SHEDDABLE), deadlines=deadlines, slow=(1, 40)).run(
+        30
+    )
+    assert share_served(world, Lane.CRITICAL_PLUS) >= 0.95
+    assert share_served(world, Lane.SHEDDABLE) <= 0.15
