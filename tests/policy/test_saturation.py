@@ -264,7 +264,7 @@ class Pool(RuleBasedStateMachine):
 
 TestPool = Pool.TestCase
 TestPool.settings = hypothesis.settings(
-    max_examples=max(200, hypothesis.settings.default.max_examples), stateful_step_count=80
+    max_examples=max(200, hypothesis.settings().max_examples), stateful_step_count=80
 )
 
 
