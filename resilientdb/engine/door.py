@@ -51,10 +51,20 @@ class Record(ConnectionRecord):
     inherited = False
     """Whether its connection is that of the process which this one was forked from."""
 
+    owns_slot = False
+    """Whether a slot of its pool's goes with it: it is then given back even if the record is just forgotten."""
+
     def __init__(self, pool: Door) -> None:
         self.node = pool.node
         self._pool = pool
         super().__init__(pool)
+
+    def __del__(self) -> None:
+        # A thread was interrupted between being handed this record and holding on to it: no code of ours runs
+        # then, and none could cover every instruction in between.
+        if self.owns_slot:
+            self.owns_slot = False
+            self._pool.reclaim(self)
 
     def checkin(self, _fairy_was_created: bool = True) -> None:
         """As SQLAlchemy's, but a finalizer or a ``checkin`` listener that raises does not cost the slot."""
@@ -239,6 +249,9 @@ class Door(Pool):
     def activity(self) -> int:
         """Grows with every checkout; constant where nobody counts."""
         return 0
+
+    def reclaim(self, record: Record) -> None:
+        """A record with a slot was forgotten; only a pool with slots has such."""
 
     def after_fork(self) -> None:
         """In the child: the connections are the parent's."""

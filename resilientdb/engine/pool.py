@@ -8,6 +8,7 @@ Here a slot passes from hand to hand; the classes stay real ``QueuePool``s, beca
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 import sys
@@ -256,7 +257,7 @@ class QueueDoor(Door, QueuePool):
             if record is not None:
                 return record
             if self._admission.try_take():
-                return self._shells.pop() if self._shells else None
+                return self._take_shell()
             lane = Lane[current_criticality().upper()]
             answer = self._admission.join(waiter, lane, waiter.since, left)
             if isinstance(answer, Refusal):
@@ -269,6 +270,14 @@ class QueueDoor(Door, QueuePool):
         if isinstance(answer, Refusal):
             raise refusals.saturated(self, answer)
         return self._wait(waiter, deadline)
+
+    def _take_shell(self) -> Any:
+        """A record whose connection was lost, for a new slot; None: make one."""
+        if not self._shells:
+            return None
+        record = self._shells.pop()
+        record.owns_slot = True
+        return record
 
     def _take_idle(self) -> Any:
         """An idle record, or None: another thread, which needs no lock for it, may take the last at any moment."""
@@ -354,6 +363,7 @@ class QueueDoor(Door, QueuePool):
     def _create_connection(self) -> ConnectionPoolEntry:
         record = super()._create_connection()
         self._records.add(record)
+        record.owns_slot = True  # type: ignore[attr-defined]
         return record
 
     def _counted(self, record: Any) -> Any:
@@ -415,6 +425,7 @@ class QueueDoor(Door, QueuePool):
                 if record is None or record.dbapi_connection is None:
                     waiter = self._admission.vacate(now)
                     if waiter is None and record is not None:
+                        record.owns_slot = False
                         self._shells.append(record)
                 else:
                     # A pool that has been replaced keeps none, not for those who still wait either.
@@ -435,6 +446,7 @@ class QueueDoor(Door, QueuePool):
     def _discard(self, record: Any) -> None:
         """Close a connection that nobody holds, then give its slot back, whatever a listener makes of it."""
         # In this order, so that the server never sees more than the limit.
+        record.owns_slot = False
         try:
             record.close()
         finally:
@@ -465,6 +477,13 @@ class QueueDoor(Door, QueuePool):
             self._leave()
         if surplus is not None:
             self._give_back(surplus)
+
+    def reclaim(self, record: Any) -> None:
+        connection = record.dbapi_connection
+        if connection is not None and not self._dialect.is_async:
+            with contextlib.suppress(Exception):
+                self._close_connection(connection)
+        self._give_back(None)
 
     def dismiss_waiting(self, refusal: Callable[[], ResilienceError]) -> None:
         """Send everybody in line away with an error of their own."""
@@ -553,6 +572,7 @@ class QueueDoor(Door, QueuePool):
         # connection that hears it.
         for record in self._records:
             record.inherited = True
+            record.owns_slot = False
             record.permit = _NOT_OURS
         self._parents.extend(self._idle)
         self._idle.clear()

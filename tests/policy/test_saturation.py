@@ -385,6 +385,15 @@ def test_shedding_leaves_the_newest_of_the_most_critical() -> None:
     assert admission.next_in_line(now + 2.0) is stays
 
 
+def test_where_all_have_too_little_time_left_the_most_critical_stays() -> None:
+    admission = make(max_waiting=None)
+    plus, sheddable = Waiter(0), Waiter(1)
+    admission.join(plus, Lane.CRITICAL_PLUS, 0.0, 1.0)
+    admission.join(sheddable, Lane.SHEDDABLE, 0.0, 1.0)
+    assert admission.overdue(2.0) == [sheddable]
+    assert admission.next_in_line(2.0) is plus
+
+
 def test_the_less_critical_are_no_reason_to_shed_the_more_critical() -> None:
     admission, _, now = overloaded(max_waiting=None)
     first, second = Waiter(4), Waiter(5)
