@@ -16,7 +16,7 @@ __all__ = ["deadline_exceeded", "saturated", "timed_out"]
 _WHY = {
     Refusal.FULL: "all places to wait are taken",
     Refusal.HOPELESS: "the wait would be longer than this caller may wait",
-    Refusal.DISPLACED: "its place went to a caller that matters more",
+    Refusal.DISPLACED: "its place went to a more critical or a newer caller",
     Refusal.SHED: "it is overloaded, and this caller has waited too long to be served in time",
 }
 

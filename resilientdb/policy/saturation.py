@@ -43,6 +43,9 @@ class Lane(enum.IntEnum):
     SHEDDABLE = 3
 
 
+_LANES = tuple(Lane)
+_LEAST_CRITICAL_FIRST = _LANES[::-1]
+
 _SHARES = {Lane.CRITICAL_PLUS: 1.0, Lane.CRITICAL: 1.0, Lane.SHEDDABLE_PLUS: 0.5, Lane.SHEDDABLE: 0.25}
 """The part of all places to wait that may be taken when somebody of that criticality joins."""
 
@@ -181,14 +184,17 @@ class Admission(Generic[W]):
             self._drain.drained()
             return None
         self._drain.served(now)
-        for line, overload in zip(self._lines, self._overloads, strict=True):
-            if line:
-                overload.observe(now - next(iter(line)).since, now)
-            else:
+        first: Lane | None = None
+        for lane, line, overload in zip(_LANES, self._lines, self._overloads, strict=True):
+            if not line:
                 overload.drained()
-        lane = self._first()
+                continue
+            overload.observe(now - next(iter(line)).since, now)
+            if first is None:
+                first = lane
+        assert first is not None  # somebody waits
         self.waiting -= 1
-        return self._lines[lane].popitem(last=self._overloads[lane].now)[0]
+        return self._lines[first].popitem(last=self._overloads[first].now)[0]
 
     def overdue(self, now: float) -> list[W]:
         """Take out, and return, those to be shed before the next is served: who has too little time left to use
@@ -198,7 +204,7 @@ class Admission(Generic[W]):
         line. Who stands behind somebody with more time left is looked at when its turn comes.
         """
         shed: list[W] = []
-        for lane in reversed(Lane):
+        for lane in _LEAST_CRITICAL_FIRST:
             line = self._lines[lane]
             while line and self.waiting > 1:
                 first = next(iter(line))
@@ -246,14 +252,14 @@ class Admission(Generic[W]):
 
     def _first(self) -> Lane:
         """The most critical lane in which somebody waits."""
-        return next(lane for lane in Lane if self._lines[lane])
+        return next(lane for lane in _LANES if self._lines[lane])
 
     def _lane_to_shorten(self, lane: Lane) -> Lane | None:
         """Whose longest waiting makes room for a newcomer of ``lane``: the least critical's, or, under overload, its
         own. None: nobody's."""
-        for less_critical in range(Lane.SHEDDABLE, lane, -1):
+        for less_critical in _LEAST_CRITICAL_FIRST[: Lane.SHEDDABLE - lane]:
             if self._lines[less_critical]:
-                return Lane(less_critical)
+                return less_critical
         return lane if self._lines[lane] and self._overloads[lane].now else None
 
     def _send_away_first(self, lane: Lane, now: float) -> W:
