@@ -98,6 +98,7 @@ class ActiveFault:
 @contextlib.contextmanager
 def down(proxy: Proxy) -> Iterator[ActiveFault]:
     """Cut every connection and refuse new ones. A proxy that was disabled before stays so afterwards."""
+    _let_proofs_end(proxy)
     was_enabled = proxy.enabled
 
     def check() -> None:
@@ -261,10 +262,17 @@ class _Proof:
         self._thread = threading.Thread(target=self._run, name="resilientdb-fault-proof", daemon=True)
 
     def start(self) -> None:
+        _running.add(self)
         self._thread.start()
 
     def _run(self) -> None:
-        self._probe = wire.ask(self._proxy.listen_host, self._proxy.listen_port, wait=_WINDOW)
+        try:
+            self._probe = wire.ask(self._proxy.listen_host, self._proxy.listen_port, wait=_WINDOW)
+        finally:
+            _running.discard(self)
+
+    def is_of(self, proxy: Proxy) -> bool:
+        return self._proxy is proxy
 
     def join(self) -> None:
         if self._thread.ident is not None:
@@ -274,6 +282,16 @@ class _Proof:
         self.join()
         if self._probe is not None and self._disproof(self._probe):
             raise FaultNotActive(f"{name}: a connection through {self._proxy!r} was {self._probe}")
+
+
+_running: set[_Proof] = set()
+
+
+def _let_proofs_end(proxy: Proxy) -> None:
+    """Before the proxy is changed again: Toxiproxy lets delayed data go when another toxic is added."""
+    for proof in tuple(_running):
+        if proof.is_of(proxy):
+            proof.join()
 
 
 def _accepted(probe: Probe) -> bool:
@@ -333,6 +351,7 @@ def _toxics(
     disproof: Callable[[Probe], bool] | None = None,
 ) -> Iterator[ActiveFault]:
     """One toxic in each of the directions, for the length of the block."""
+    _let_proofs_end(proxy)
     added: list[Toxic] = []
 
     def begin() -> None:
