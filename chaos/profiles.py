@@ -23,6 +23,8 @@ class Profile:
     recovery: float
     """Watched after healing; at least 1.2, since the bound for normality is 1."""
     overload: float
+    goodput: float
+    """Share of the capacity served in time under overload. A pause of the machine of 0.2 s is a tenth of a short window."""
     rounds: int
     """Deterministic faults made one by one (a lost COMMIT)."""
     works: int
@@ -39,6 +41,7 @@ PROFILES = {
         slow=1.2,
         recovery=1.3,
         overload=2.0,
+        goodput=0.8,
         rounds=3,
         works=150,
     ),
@@ -51,6 +54,7 @@ PROFILES = {
         slow=10.0,
         recovery=3.0,
         overload=10.0,
+        goodput=0.9,
         rounds=40,
         works=3000,
     ),
