@@ -24,7 +24,7 @@ class Profile:
     """Watched after healing; at least 1.2, since the bound for normality is 1."""
     overload: float
     goodput: float
-    """Share of the capacity served in time under overload. A pause of the machine of 0.2 s is a tenth of a short window."""
+    """Share of the capacity served in time under overload. A short window loses a tenth to one pause of 0.2 s."""
     rounds: int
     """Deterministic faults made one by one (a lost COMMIT)."""
     works: int

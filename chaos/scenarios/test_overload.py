@@ -25,7 +25,7 @@ _BACKLOG = 250
 
 
 def test_overload(run: Run, resilientdb_postgres: Postgres) -> None:
-    """Open-loop arrivals at ten times the capacity: nearly all of the capacity is still served within the deadline."""
+    """Open-loop arrivals at ten times the capacity: nearly all of it is still served within the deadline."""
     profile = run.profile
     work = Work(body=sleep(_SERVICE), deadline=_DEADLINE)
     with run.stack(resilientdb_postgres, pool_size=_POOL) as stack:
