@@ -25,7 +25,7 @@ from resilientdb.config import (
     Routing,
     SaturationQueue,
 )
-from resilientdb.engine.control import Control, control
+from resilientdb.engine.control import AsyncEngineControl, Control, EngineControl, control
 from resilientdb.engine.create import create_async_engine, create_engine
 from resilientdb.engine.transaction import run_transaction, run_transaction_async
 from resilientdb.errors import (
@@ -66,7 +66,9 @@ __all__ = [
     "run_transaction_async",
     # the handle
     "control",
+    "AsyncEngineControl",
     "Control",
+    "EngineControl",
     # errors
     "ResilienceError",
     "PoolSaturated",

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from resilientdb.stats import Role
+    from resilientdb.stats import Holder, Role
 
 __all__ = [
     "AcquisitionRetried",
     "CircuitStateChanged",
+    "ConnectionLeaked",
+    "DrainBegun",
     "Event",
     "PrimaryChanged",
     "RetryBudgetExhausted",
@@ -53,6 +55,18 @@ class PrimaryChanged(Event):
 
     old: str | None
     new: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConnectionLeaked(Event):
+    """A connection has been out for longer than ``lifecycle.leak_threshold``; said once a checkout."""
+
+    holder: Holder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrainBegun(Event):
+    """``control(engine).drain()`` was called: no new work is taken any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -54,7 +54,11 @@ PURE = [
 
 LOCKS_AND_SLEEPS = {"threading", "time", "asyncio", "queue", "select", "concurrent", "sched"}
 MAY_LOCK_OR_SLEEP = {
-    "engine/pool.py": "its lock guards the admission; its tasks wait in SQLAlchemy's greenlets",
+    "engine/pool.py": "its tasks wait in SQLAlchemy's greenlets; knows who asks by thread and task",
+    "engine/holders.py": "names threads and tasks",
+    "engine/shared.py": "its lock guards the list of limiters",
+    "engine/upkeep.py": "has threads, or tasks of the pool's loop, do what takes time",
+    "engine/control.py": "waits for an engine to drain",
     "engine/door.py": "sleeps between two attempts, in a thread or in a greenlet; SQLAlchemy's wall-clock mark",
     "engine/cluster.py": "its lock guards the primary and the budget",
     "engine/transaction.py": "sleeps between two attempts",

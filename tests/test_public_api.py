@@ -41,6 +41,8 @@ NAMES = [
     "run_transaction_async",
     "control",
     "Control",
+    "EngineControl",
+    "AsyncEngineControl",
     "ResilienceError",
     "PoolSaturated",
     "PoolTimeout",
@@ -70,7 +72,14 @@ SIGNATURES = {
     "run_transaction_async": "(target, function, /, *args, read_only=False, **kwargs)",
     "control": "(engine)",
     "Control.snapshot": "(self)",
-    "Control.validate": "(self, timeout=5.0)",
+    "Control.get_stats": "(self)",
+    "Control.pop_stats": "(self)",
+    "Control.holders": "(self)",
+    "Control.validate": "(self, timeout=5.0, *, processes=1)",
+    "EngineControl.warm": "(self, connections=None)",
+    "EngineControl.drain": "(self, timeout=30.0)",
+    "AsyncEngineControl.warm": "(self, connections=None)",
+    "AsyncEngineControl.drain": "(self, timeout=30.0)",
     "Control.breaker": "(self, node=None)",
     "Control.on_event": "(self, listener)",
     "Resilience.profile": "(name)",
@@ -92,14 +101,15 @@ def test_the_signatures(name: str) -> None:
 
 
 OPTIONS = {
-    "SaturationQueue": "max_waiting timeout target interval",
+    "SaturationQueue": "max_waiting timeout target interval sheddable_plus_share sheddable_share limiter",
     "RetryPolicy": "attempts timeout wait_when_open backoff budget",
     "Backoff": "initial maximum multiplier jitter",
     "RetryBudget": "ratio window floor",
     "BreakerPolicy": "failure_rate_threshold minimum_calls window reset_timeout half_open_max_calls probe_interval "
     "probe_timeout listeners storage enabled",
     "Routing": "fallback_to_primary",
-    "Lifecycle": "connect_timeout tcp_user_timeout keepalive_idle",
+    "Lifecycle": "connect_timeout tcp_user_timeout keepalive_idle min_size max_connecting max_age max_uses "
+    "idle_timeout keepalive validate_idle validation_timeout leak_threshold",
     "Resilience": "queue retry breaker routing lifecycle deadline enabled",
 }
 
@@ -174,8 +184,8 @@ if TYPE_CHECKING:
     def engines(engine: sa.Engine, async_engine: AsyncEngine) -> None:
         assert_type(rdb.create_engine("sqlite://", replicas=["b:5432"], pool_size=3), sa.Engine)
         assert_type(rdb.create_async_engine("sqlite+aiosqlite://", resilience=rdb.Resilience()), AsyncEngine)
-        assert_type(rdb.control(engine), rdb.Control)
-        assert_type(rdb.control(async_engine), rdb.Control)
+        assert_type(rdb.control(engine), rdb.EngineControl)
+        assert_type(rdb.control(async_engine), rdb.AsyncEngineControl)
 
     def handle(control: rdb.Control) -> None:
         assert_type(control.snapshot(), Snapshot)

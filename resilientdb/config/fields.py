@@ -7,10 +7,11 @@ A field says it in its annotation: ``max_waiting: Annotated[int | None, Count(mi
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["REJECTED", "Choice", "Count", "Factory", "Flag", "Kind", "Listeners", "Number", "Seconds"]
+__all__ = ["REJECTED", "Choice", "Count", "Factory", "Flag", "Kind", "Listeners", "Name", "Number", "Seconds"]
 
 LONGEST_SECONDS: Final = 1_000_000.0
 """Eleven days. Longer ones overflow the C integers of socket options and lock timeouts long after start-up;
@@ -25,6 +26,8 @@ class _Rejected:
     def __repr__(self) -> str:
         return "REJECTED"
 
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
 
 REJECTED: Final = _Rejected()
 """Returned by ``check`` and ``parse`` in place of a value that is not allowed."""
@@ -146,6 +149,20 @@ class Flag(Kind):
         if word in _TRUE:
             return True
         return False if word in _FALSE else REJECTED
+
+
+@dataclass(frozen=True, slots=True)
+class Name(Kind):
+    """A word that the user has chosen: letters, digits, ``-``, ``_`` and ``.``."""
+
+    def describe(self) -> str:
+        return "a name of letters, digits, '-', '_' and '.'"
+
+    def check(self, value: object) -> object:
+        return value if isinstance(value, str) and _NAME.fullmatch(value) else REJECTED
+
+    def parse(self, text: str) -> object:
+        return text
 
 
 @dataclass(frozen=True, slots=True)

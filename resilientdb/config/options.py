@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from resilientdb.config.base import Options
-from resilientdb.config.fields import Choice, Count, Factory, Flag, Listeners, Number, Seconds
+from resilientdb.config.fields import Choice, Count, Factory, Flag, Listeners, Name, Number, Seconds
 from resilientdb.config.wording import wrong_value
 
 if TYPE_CHECKING:
@@ -43,13 +43,39 @@ class SaturationQueue(Options, table="queue"):
     SQLAlchemy's 30 s, after which a visitor is long gone."""
 
     target: Annotated[float, Seconds(above=True)] = 0.05
-    """Seconds of wait, above 0, that are no cause for concern. When nobody has waited less for ``interval``
-    seconds, the pool is overloaded: the newest is then served first, and who has waited more than twice the
-    target is told ``PoolSaturated``. 0.05: what a person does not notice (Elixir's ``db_connection``)."""
+    """Seconds of wait, above 0 and at most ``timeout`` (unless that is 0), that are no cause for concern. Judged
+    line by line, each criticality having its own: when nobody in a line has waited less for ``interval``
+    seconds, that line is overloaded; its newest is then served first, and who has waited in it more than twice
+    the target is told ``PoolSaturated``. 0.05: what a person does not notice (Elixir's ``db_connection``)."""
 
     interval: Annotated[float, Seconds(above=True)] = 1.0
     """Seconds, above 0, over which a line may stand before it counts as overload. 1.0: a burst of requests
     passes in less (Elixir's ``db_connection``)."""
+
+    sheddable_plus_share: Annotated[float, Number(maximum=1)] = 0.5
+    """Part of all places to wait, 0 to 1, up to which a ``sheddable_plus`` caller may join; 0 = it never waits.
+    The more critical may take every place. 0.5: when the line is half full, the rest is for those who are
+    missed."""
+
+    sheddable_share: Annotated[float, Number(maximum=1)] = 0.25
+    """The same for ``sheddable`` callers, at most ``sheddable_plus_share``. 0.25: they still wait out a short
+    burst, and are the first to be refused in a longer one."""
+
+    limiter: Annotated[str | None, Name()] = None
+    """Name of a limiter: engines of this process that give the same name share, node by node, one limit of
+    connections in use at once and one line in front of it, an Engine and an AsyncEngine too. None = an engine has
+    its own."""
+
+    def _check_together(self) -> None:
+        if self.timeout and self.target > self.timeout:
+            allowed = f"at most {self._key('timeout')} ({self.timeout:g} seconds), the longest anybody waits"
+            raise wrong_value(self._key("target"), self.target, allowed)
+        if self.sheddable_share > self.sheddable_plus_share:
+            allowed = (
+                f"at most {self._key('sheddable_plus_share')} ({self.sheddable_plus_share:g}), "
+                "the share of the more critical"
+            )
+            raise wrong_value(self._key("sheddable_share"), self.sheddable_share, allowed)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -188,7 +214,8 @@ class Routing(Options, table="routing"):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Lifecycle(Options, table="lifecycle"):
-    """The sockets below the connections. Each is set where the driver knows it and the user has not."""
+    """How connections are opened, kept, doubted and ended. What concerns their sockets is set where the driver
+    knows it and the user has not."""
 
     connect_timeout: Annotated[float | None, Seconds(above=True)] = 5.0
     """Seconds to open a connection, above 0; None = the driver's own limit. 5.0: ample for a healthy server,
@@ -203,3 +230,63 @@ class Lifecycle(Options, table="lifecycle"):
     """Seconds of silence before the kernel asks whether the peer is alive, above 0; None = the kernel's two
     hours. 5.0: catches a peer that dies during a long query, when nothing is sent that could go
     unacknowledged; a keepalive is one small packet."""
+
+    min_size: Annotated[int, Count(minimum=0)] = 0
+    """Connections kept open to a node, 0 or more, not above SQLAlchemy's ``pool_size``; opened in the background,
+    at the start and whenever one is lost. 0: opened when needed, as SQLAlchemy does; an idle service occupies
+    nothing of the server."""
+
+    max_connecting: Annotated[int, Count(minimum=1)] = 2
+    """Most connections opened to a node at once in the background, 1 or more. 2: a server that has just come
+    back is not met by every process with all its connections, and one slow connect does not hold up the
+    others."""
+
+    max_age: Annotated[float | None, Seconds(above=True)] = 1800.0
+    """Seconds, above 0, after which a connection is closed: when it lies idle, or comes back. Each ends at a
+    moment of its own in the last tenth, so that they do not all end together; None = no limit. 1800.0: half an
+    hour (HikariCP's), after which a moved address and what piles up in a server's process are left behind."""
+
+    max_uses: Annotated[int | None, Count(minimum=1)] = None
+    """Checkouts after which a connection is closed, 1 or more; None = no limit. None: age bounds what piles up
+    in a connection, without closing many at once under load."""
+
+    idle_timeout: Annotated[float | None, Seconds(above=True)] = 600.0
+    """Seconds unused, above 0, after which a connection is closed while there are more than ``min_size``; None =
+    kept. 600.0: a peak's connections go back to the server within ten minutes (HikariCP's), and are not
+    opened anew for each small one."""
+
+    keepalive: Annotated[float | None, Seconds(above=True)] = None
+    """Seconds unused, above 0, after which an idle connection is asked whether it lives, each time they have
+    passed: for a pooler or firewall that drops silent sessions. Below ``max_age``; and below ``idle_timeout``
+    if ``min_size`` is 0, since nothing would be left to ask. None: an idle service costs the database nothing,
+    and the kernel asks anyway (``keepalive_idle``)."""
+
+    validate_idle: Annotated[float | None, Seconds()] = 0.5
+    """Seconds unused, 0 or more, after which a connection is asked whether it lives before it is handed out;
+    0 = each that had to be put by, None = never. 0.5: a busy connection is never asked, and one that died
+    unseen meanwhile costs its next user nothing (HikariCP's 500 ms)."""
+
+    validation_timeout: Annotated[float, Seconds(above=True)] = 1.0
+    """Seconds, above 0, for the answer to either question; without one the connection is closed, and a new one
+    opened for who waits. 1.0: a healthy server answers in milliseconds, and waiting for a dead one costs its
+    caller no more than a slow connect."""
+
+    leak_threshold: Annotated[float | None, Seconds(above=True)] = None
+    """Seconds, above 0, after which a connection that is still out is reported, with the stack of its checkout;
+    None = never. None: to keep that stack costs every checkout some microseconds, and how long is too long
+    only the application knows."""
+
+    def _check_together(self) -> None:
+        if self.keepalive is None:
+            return
+        if self.max_age is not None and self.keepalive >= self.max_age:
+            allowed = (
+                f"less than {self._key('max_age')} ({self.max_age:g} seconds), when a connection is closed"
+            )
+            raise wrong_value(self._key("keepalive"), self.keepalive, allowed)
+        if self.idle_timeout is not None and self.min_size == 0 and self.keepalive >= self.idle_timeout:
+            allowed = (
+                f"less than {self._key('idle_timeout')} ({self.idle_timeout:g} seconds), when an unused connection "
+                f"is closed, or {self._key('min_size')} more than 0, so that some stay"
+            )
+            raise wrong_value(self._key("keepalive"), self.keepalive, allowed)

@@ -80,6 +80,9 @@ _BATCH = Profile(
         "lifecycle.tcp_user_timeout": Setting(
             60.0, "a short network fault should not end a long transaction"
         ),
+        "lifecycle.validation_timeout": Setting(
+            5.0, "a busy server may be slow to answer, and to open another connection is slower still"
+        ),
     },
 )
 
@@ -90,6 +93,10 @@ _PGBOUNCER = Profile(
         "queue.max_waiting": Setting(20, "the pooler holds a queue too; two long ones in a row add up"),
         "queue.timeout": Setting(2.0, "waiting here comes before waiting there (query_wait_timeout, 120 s)"),
         "lifecycle.connect_timeout": Setting(2.0, "a pooler near by answers at once unless it is full"),
+        "lifecycle.idle_timeout": Setting(
+            60.0,
+            "each takes one of the pooler's places (max_client_conn, 100), and another is opened cheaply",
+        ),
         "breaker.probe_interval": Setting(
             1.0, "each probe borrows one of the pooler's few server connections"
         ),

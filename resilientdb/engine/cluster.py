@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine.interfaces import Dialect
 
+    from resilientdb.engine.door import Door
     from resilientdb.stats import EngineState, Role
 
 __all__ = ["Cluster"]
@@ -60,12 +61,16 @@ class Cluster:
         self._retries = 0
         self.patient = False
         """Whether callers wait as long as they said (an explicit ``pool_timeout``), overload or not."""
+        self.draining_since: float | None = None
+        """When it was told to take no new work; for good."""
         self.has_server = self.driver.role_query is not None
         """Whether there is a server to be probed and sessions to be lost: not for a database in this process."""
         self.nodes = [
             Node(self, name=name, role=role, connector=connector) for name, role, connector in nodes
         ]
         self.primary: Node | None = self.nodes[0]
+        self.front: Door | None = None
+        """The pool that chooses among the nodes' pools, where there are several."""
         _clusters.add(self)
 
     @classmethod
@@ -190,6 +195,8 @@ class Cluster:
         self._emitter.deliver()
 
     def state(self) -> EngineState:
+        if self.draining_since is not None:
+            return "draining"
         primary = self.primary
         saturated = primary is not None and primary.pool is not None and primary.pool.saturated
         return engine_state(self.nodes, primary, saturated=saturated)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import TYPE_CHECKING, Any, overload
 
 from sqlalchemy import Engine
 
+from resilientdb.engine import drain
+from resilientdb.engine.compat import greenlet_spawn
 from resilientdb.engine.door import Door
 from resilientdb.engine.validation import validate
 from resilientdb.errors import ConfigurationError
@@ -20,14 +26,19 @@ if TYPE_CHECKING:
     from resilientdb.engine.cluster import Cluster
     from resilientdb.events import Event
     from resilientdb.runtime.breaker import CircuitBreaker
-    from resilientdb.stats import EngineState, Snapshot
+    from resilientdb.stats import EngineState, Holder, PoolStats, Snapshot
 
-__all__ = ["Control", "cluster_of", "control"]
+__all__ = ["AsyncEngineControl", "Control", "EngineControl", "cluster_of", "control"]
 
 
+@overload
+def control(engine: Engine) -> EngineControl: ...
+@overload
+def control(engine: AsyncEngine) -> AsyncEngineControl: ...
 def control(engine: Engine | AsyncEngine) -> Control:
     """The control handle of an engine made by this library; ``ConfigurationError`` for any other."""
-    return Control(cluster_of(engine))
+    cluster = cluster_of(engine)
+    return EngineControl(cluster) if isinstance(engine, Engine) else AsyncEngineControl(cluster)
 
 
 def cluster_of(engine: Engine | AsyncEngine) -> Cluster:
@@ -54,7 +65,7 @@ def remember_disabled(engine: Engine, cluster: Cluster) -> None:
 
 
 class Control:
-    """Cheap to make; all methods may be called from any thread."""
+    """The handle on a guarded engine of either kind. Cheap to make; all methods may be called from any thread."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -74,6 +85,37 @@ class Control:
         """The engine as it is now. No I/O."""
         return self._cluster.snapshot()
 
+    def get_stats(self) -> dict[str, PoolStats]:
+        """Each node's pool by the node's name, counted since the engine was made. No I/O.
+
+        A pool class of the user's own keeps no counts, and is left out.
+        """
+        known = ((node.name, node.pool.stats()) for node in self._cluster.nodes if node.pool is not None)
+        return {name: stats for name, stats in known if stats is not None}
+
+    def pop_stats(self) -> dict[str, PoolStats]:
+        """As ``get_stats()``, but counted since anybody last popped this engine's: nothing is told twice, and
+        nothing is lost. For one reporter that adds up what it is told; gauges are as they are now."""
+        memory = _popped.setdefault(self._cluster, deque([{}], maxlen=1))
+        try:
+            # Whoever takes it out is alone until it is back, as with a lock; but nobody waits.
+            before = memory.pop()
+        except IndexError:
+            # Somebody is popping at this moment: all there was is theirs.
+            return {name: stats.since(stats) for name, stats in self.get_stats().items()}
+        now = before
+        try:
+            now = self.get_stats()
+        finally:
+            memory.append(now)
+        return {name: stats.since(before[name]) if name in before else stats for name, stats in now.items()}
+
+    def holders(self) -> list[Holder]:
+        """Who has a connection now, of any node, the longest first. No I/O."""
+        pools = [node.pool for node in self._cluster.nodes if node.pool is not None]
+        held = [holder for pool in pools for holder in pool.holders()]
+        return sorted(held, key=lambda holder: holder.seconds, reverse=True)
+
     def breaker(self, node: str | None = None) -> CircuitBreaker:
         """A node's circuit breaker, a ``pybreaker.CircuitBreaker``; None = the primary's (or the only one)."""
         nodes = {known.name: known for known in self._cluster.nodes}
@@ -89,11 +131,79 @@ class Control:
         """Call ``listener`` with every event (``resilientdb.events``), outside all locks, in order."""
         self._cluster.listen(listener)
 
-    def validate(self, timeout: float = 5.0) -> None:
+    def validate(self, timeout: float = 5.0, *, processes: int | None = 1) -> None:
         """Check the configuration against the real servers; blocks for up to ``timeout`` seconds a node.
 
         Raises ``ConfigurationError`` that lists every node that cannot be reached, refuses the login or is not
-        what it was configured to be, with the option that says so and the remedy. For start-up; in asyncio call
-        it before the loop runs, or with ``asyncio.to_thread``.
+        what it was configured to be, with the option that says so and the remedy. A PostgreSQL must be 13 or
+        newer, and have room for the full pools of ``processes`` processes like this one; None leaves sizes
+        alone, and so does a pooler in front of the server. Nothing is checked with ``enabled=False``.
+
+        For start-up; in asyncio call it before the loop runs, or with ``asyncio.to_thread``.
         """
-        validate(self._cluster, timeout)
+        validate(self._cluster, timeout, processes)
+
+
+class EngineControl(Control):
+    """The handle on an ``Engine``."""
+
+    def warm(self, connections: int | None = None) -> None:
+        """Open connections until each node's pool has so many; None = ``lifecycle.min_size``. For start-up: raises
+        as connecting does."""
+        for pool, most in _cold(self._cluster, connections):
+            pool.warm(most)
+
+    def drain(self, timeout: float = 30.0) -> bool:
+        """The process is about to end: take no new work, wait for what has begun, close everything.
+
+        From now on ``PoolDraining`` is what new work is told; requests that began before, and callers that hold a
+        connection, still get what they need. After ``timeout`` seconds at most, who still waits is sent away, idle
+        connections are closed, and those still out as they come back. True when none was out any more. For good: an
+        engine that has drained stays so.
+        """
+        drain.begin(self._cluster)
+        for pause in drain.pauses(self._cluster, timeout):
+            _never.wait(pause)
+        return drain.finish(self._cluster)
+
+
+class AsyncEngineControl(Control):
+    """The handle on an ``AsyncEngine``: what takes time is awaited, in the engine's loop."""
+
+    async def warm(self, connections: int | None = None) -> None:
+        """As ``EngineControl.warm``."""
+        for pool, most in _cold(self._cluster, connections):
+            await greenlet_spawn(pool.warm, most)
+
+    async def drain(self, timeout: float = 30.0) -> bool:  # noqa: ASYNC109 - as the other's
+        """As ``EngineControl.drain``."""
+        drain.begin(self._cluster)
+        for pause in drain.pauses(self._cluster, timeout):
+            await asyncio.sleep(pause)
+        return await greenlet_spawn(drain.finish, self._cluster)
+
+
+def _cold(cluster: Cluster, connections: int | None) -> list[tuple[Door, int]]:
+    most = cluster.resilience.lifecycle.min_size if connections is None else connections
+    if most < 0:
+        raise ConfigurationError(
+            f"connections must be 0 or more; got {most}", key="connections", value=connections
+        )
+    return [(node.pool, most) for node in cluster.nodes if node.pool is not None]
+
+
+_never = threading.Event()
+"""Never set: waiting for it sleeps, and lets signals through."""
+
+_popped: weakref.WeakKeyDictionary[Cluster, deque[dict[str, PoolStats]]] = weakref.WeakKeyDictionary()
+"""What was last popped of each cluster: one dictionary, or none while a thread is popping."""
+
+
+def _after_fork() -> None:
+    for memory in _popped.values():
+        if not memory:
+            memory.append({})  # it went out with a thread that exists in the parent only
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -10,12 +10,14 @@ outcome is recorded.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.pool import Pool
 
+from resilientdb.engine import drain
 from resilientdb.engine.cluster import Cluster
 from resilientdb.engine.compat import ConnectionRecord, await_only, record_of
 from resilientdb.policy.faults import Phase, classify
@@ -30,9 +32,10 @@ if TYPE_CHECKING:
     from resilientdb.engine.node import Node
     from resilientdb.errors import ResilienceError
     from resilientdb.policy.breaker import Permit
+    from resilientdb.runtime.callers import Caller
     from resilientdb.runtime.context import RequestRecord
     from resilientdb.runtime.watchdog import Watch
-    from resilientdb.stats import PoolStats
+    from resilientdb.stats import Holder, PoolStats
 
 __all__ = ["Door", "Record"]
 
@@ -42,22 +45,44 @@ class Record(ConnectionRecord):
 
     permit: Permit | None = None
     """The permit of this checkout; None once its outcome has been told."""
+    owes = False
+    """Whether more is to be done at its checkin than to put it back: all that follows, and retirement."""
     watch: Watch | None = None
     """The appointment of this checkout with the watchdog."""
     notes: RequestRecord | None = None
     """The record of the request that this checkout belongs to, if it keeps one."""
+
     since = 0.0
-    """When that checkout began."""
+    """When the last checkout began."""
+    holder: int | None = None
+    """The thread, or the task (its ``id``), that it was handed to."""
+    caller: Caller | None = None
+    """The flow of work that it was handed to."""
+    stack: tuple[str, ...] = ()
+    """Where it was checked out, innermost last; kept only where leaks are looked for."""
+    reported = False
+    """Whether the present checkout has been reported as a leak."""
+
+    opened_at = 0.0
+    retire_at = math.inf
+    """When its connection is to be closed, on the monotonic clock."""
+    uses_left: float = math.inf
+    """Checkouts until its connection is to be closed."""
+    dozed = False
+    """Whether it has been idle for so long that it must be asked whether it lives."""
+    seen_since = -1.0
+    idle_from = 0.0
+    """What ``policy.lifecycle`` remembers of its last look."""
+
     inherited = False
     """Whether its connection is that of the process which this one was forked from."""
-
     owns_slot = False
     """Whether a slot of its pool's goes with it: it is then given back even if the record is just forgotten."""
 
-    def __init__(self, pool: Door) -> None:
+    def __init__(self, pool: Door, connect: bool = True) -> None:
         self.node = pool.node
         self._pool = pool
-        super().__init__(pool)
+        super().__init__(pool, connect)
 
     def __del__(self) -> None:
         # A thread was interrupted between being handed this record and holding on to it: no code of ours runs
@@ -117,6 +142,8 @@ class Door(Pool):
         self.node.pool = self
         if self.node.connector is not None:
             self._invoke_creator = self.node.connector  # type: ignore[assignment]
+        if self.cluster.draining_since is not None:
+            self.begin_draining()
 
     def connect(self) -> PoolProxiedConnection:
         try:
@@ -127,6 +154,15 @@ class Door(Pool):
             first = error
         # Outside the except block, so that what happens from here on does not drag the first error along.
         return self.cluster.retry_acquisition(self.checkout_once, first, self._pause, self.node.name)
+
+    def begin_draining(self) -> None:
+        """Take no new work. In place of the method, so that nobody pays for it who is not draining."""
+        self.connect = self._connect_if_begun  # type: ignore[method-assign]
+
+    def _connect_if_begun(self) -> PoolProxiedConnection:
+        if not drain.may_finish(self.cluster):
+            raise drain.refusal()
+        return type(self).connect(self)
 
     def checkout_once(self) -> PoolProxiedConnection:
         """One attempt: a permit, a connection, the failure settled."""
@@ -181,10 +217,12 @@ class Door(Pool):
         if notes is not None:
             notes.connections += 1
             record.notes = notes
+            record.owes = True
             record.since = monotonic()
 
     def _conclude(self, record: Any) -> None:
         """The checkout is over: end its appointment, record its outcome."""
+        record.owes = False
         notes: RequestRecord | None = getattr(record, "notes", None)
         if notes is not None:
             record.notes = None
@@ -226,6 +264,18 @@ class Door(Pool):
     def dispose(self) -> None:
         self.node.rest()
         super().dispose()
+
+    def holders(self) -> list[Holder]:
+        """Who holds its connections, longest first; nobody where nobody keeps a list."""
+        return []
+
+    def mine(self) -> list[Holder]:
+        """What the caller itself holds."""
+        return []
+
+    def warm(self, connections: int) -> None:
+        """Open connections until there are so many, one after the other; raises as connecting does. A pool class of
+        the user's own opens its connections when it likes to."""
 
     def open_raw(self) -> Any:
         """A driver connection that belongs to no pool."""

@@ -92,6 +92,7 @@ class _Hooks:
             if fd is None:
                 return
             record.watch = watch = Watch(fd)
+            record.owes = True
         watch.still_wanted = deadline.is_in_force
         watchdog.appoint(watch, at)
 

@@ -6,6 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from resilientdb.engine.probe import NodeProbe
+from resilientdb.engine.tally import Tally
 from resilientdb.events import CircuitStateChanged, RoleChanged
 from resilientdb.policy.breaker import OPEN
 from resilientdb.policy.faults import describe
@@ -36,6 +37,7 @@ class Node:
         self.connector = connector
         """Opens driver connections to this node; None: the user's own ``creator`` does."""
         self.pool: Door | None = None
+        self.tally = Tally()
         policy = cluster.resilience.breaker
         # An asynchronous creator of the user's own may belong to the application's loop; the prober has another.
         foreign = connector is None and cluster.dialect.is_async

@@ -8,13 +8,13 @@ Here a slot passes from hand to hand; the classes stay real ``QueuePool``s, beca
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
+import copy
 import functools
 import math
 import sys
 import threading
-import weakref
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
@@ -22,25 +22,31 @@ from sqlalchemy.util.queue import Empty
 
 from resilientdb.engine import refusals
 from resilientdb.engine.compat import await_only, checkout, greenlet_spawn
-from resilientdb.engine.door import Door
-from resilientdb.errors import PoolSaturated, ResilienceError
+from resilientdb.engine.door import Door, Record
+from resilientdb.engine.holders import holders, mine
+from resilientdb.engine.ping import answers
+from resilientdb.engine.shared import SharedSlots, limiter
+from resilientdb.engine.slots import Slots
+from resilientdb.engine.upkeep import PoolUpkeep
+from resilientdb.errors import ConfigurationError, PoolSaturated, ResilienceError
 from resilientdb.policy.breaker import Permit
 from resilientdb.policy.saturation import Admission, Lane, Refusal
 from resilientdb.runtime.bounded import LeftBehind, run_in_task, run_in_thread
+from resilientdb.runtime.callers import current_caller, introduce
 from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.context import Deadline, current_criticality, current_deadline, current_record
 from resilientdb.runtime.waiters import TaskWaiter, ThreadWaiter, Waiter
 from resilientdb.stats import PoolStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections import deque
+    from collections.abc import Callable, Sequence
 
-    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+    from sqlalchemy.pool import PoolProxiedConnection
 
-    from resilientdb.engine.node import Node
+    from resilientdb.stats import Holder
 
 __all__ = ["AsyncQueueDoor", "IdleConnections", "QueueDoor", "guarded"]
-
 
 _NOT_OURS = Permit(probe=False, issued_at=0.0)
 """The permit of a connection that came along in a fork: no breaker's, so that it never returns by the fast way."""
@@ -52,7 +58,7 @@ class IdleConnections:
     def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
         self.maxsize = maxsize
         self.use_lifo = use_lifo
-        self.queue: deque[Any] = deque()
+        self.queue: deque[Any] = collections.deque()
 
     def qsize(self) -> int:
         return len(self.queue)
@@ -73,18 +79,14 @@ class IdleConnections:
 class QueueDoor(Door, QueuePool):
     """The pool of one node, for threads.
 
-    A healthy checkout takes an idle connection and a healthy checkin puts one back, each one atomic operation on
-    ``_idle`` and no lock. What needs more than that (opening, waiting, handing on, closing) is decided under
-    ``_guard``. No wake-up is lost between the two: whoever joins the line looks at ``_idle`` again afterwards,
-    whoever puts a connection back looks at the line again afterwards, and one of them sees the other.
-
-    ``_guard`` guards ``_admission`` and ``_shells``. It is re-entrant and comes with a busy flag, because a
-    garbage collection inside it may give a forgotten connection back in this very thread: such a return is put
-    aside (``_late``) and done when the section ends. Nothing of the user's runs, nothing waits and nothing is
-    sent under it.
+    A healthy checkout and a healthy checkin take no lock (``Slots`` says how that can be), and each line of
+    ``_do_get`` and ``_do_return_conn`` is paid for by every request: both go the long way as soon as there is
+    anything out of the ordinary to be done.
     """
 
     _queue_class: Any = IdleConnections
+    _whoami: Callable[[], Any] = staticmethod(threading.get_ident)
+    """Who is to hold the connection: a thread's ident, a task's ``id``."""
 
     def __init__(
         self,
@@ -95,19 +97,9 @@ class QueueDoor(Door, QueuePool):
         use_lifo: bool = False,
         **options: Any,
     ) -> None:
-        self._guard = threading.RLock()
-        self._busy = False
-        self._late: deque[Any] = deque()
         # QueuePool's constructor sets the limit already; the rest comes with the cluster's options.
         self._admission: Admission[Waiter] = Admission(limit=None, max_waiting=None)
-        self._shells: list[Any] = []
-        """Records whose connection was lost: what the user keeps in ``record_info`` outlives it."""
-        self._records: weakref.WeakSet[Any] = weakref.WeakSet()
-        """All that were made and still exist; a fork makes them the parent's."""
-        self._parents: list[Any] = []
         self._disposed = False
-        node: Node | None = options.get("resilientdb_node")
-        before = node.pool if node is not None else None
         super().__init__(
             creator,
             pool_size=pool_size,
@@ -116,27 +108,44 @@ class QueueDoor(Door, QueuePool):
             use_lifo=use_lifo,
             **options,
         )
-        queue = self.cluster.resilience.queue
+        self._tally = self.node.tally
+        queue, life = self.cluster.resilience.queue, self.cluster.resilience.lifecycle
         self._admission = Admission(
             limit=self._admission.limit,
             max_waiting=queue.max_waiting,
             target=queue.target,
             interval=math.inf if self.cluster.patient else queue.interval,
+            shares=(queue.sheddable_plus_share, queue.sheddable_share),
         )
-        # Counts go on where the pool that this one replaces has stopped.
-        counted = before.stats() if before is not None else None
-        self._checkouts = counted.checkouts if counted else 0
-        self._admission.waited = counted.waited if counted else 0
-        self._timeouts = counted.timeouts if counted else 0
-        self._rejected = counted.rejected if counted else 0
-        self._opened = counted.opened if counted else 0
-        self._closed = counted.closed if counted else 0
-        self._open_physical: Callable[[Any], Any] = self._invoke_creator
-        self._invoke_creator = self._counted  # type: ignore[assignment]
         self._idle: deque[Any] = self._pool.queue  # type: ignore[attr-defined]
-        self._next: Callable[[], Any] = self._idle.pop if use_lifo else self._idle.popleft
-        self._keep = pool_size or sys.maxsize
-        """Most idle connections; 0 once another pool has taken this one's place."""
+        self._slots = self._make_slots(
+            queue.limiter,
+            keep=pool_size or sys.maxsize,
+            idle=self._idle,
+            newest_first=use_lifo,
+            make=self._make_record,
+            close=Record.close,
+            refuse=self._refuse,
+            tally=self._tally,
+        )
+        self._next_idle = self._slots.next_idle
+        self._life = life
+        self._upkeep = PoolUpkeep(self, self._slots, life)
+        self._open_physical: Callable[[Any], Any] = self._invoke_creator
+        self._invoke_creator = self._opened  # type: ignore[assignment]
+        self._is_thorough = (
+            life.max_uses is not None or life.leak_threshold is not None or queue.limiter is not None
+        )
+        """Whether every checkout and checkin has more to do than the short way can."""
+        if self._is_thorough:
+            self._do_get = self._get_thoroughly  # type: ignore[method-assign]
+
+    def _make_slots(self, shared: str | None, **options: Any) -> Slots:
+        if shared is None:
+            return Slots(admission=self._admission, **options)
+        limit = limiter(shared, self.node.name, self._admission)
+        self._admission = limit.admission
+        return SharedSlots(limit, **options)
 
     # -- QueuePool's bookkeeping, kept truthful ------------------------------------------------------------
 
@@ -152,21 +161,17 @@ class QueueDoor(Door, QueuePool):
 
     @property
     def _overflow(self) -> int:
-        return self._admission.total + self._lost() - self._pool.maxsize
+        return self._slots.total + self._slots.lost() - self._pool.maxsize
 
     @_overflow.setter
     def _overflow(self, value: int) -> None:
         """QueuePool sets its own count when made and disposed; ours is never anything but what there is."""
 
     def checkedin(self) -> int:
-        return len(self._idle) + self._lost()
+        return self._slots.idle_count + self._slots.lost()
 
     def checkedout(self) -> int:
-        return self._admission.total - len(self._idle)
-
-    def _lost(self) -> int:
-        """Records without a connection that ``QueuePool`` would count as in the pool, up to its size."""
-        return max(0, min(len(self._shells), self._keep - len(self._idle)))
+        return self._slots.total - self._slots.idle_count
 
     # -- out -----------------------------------------------------------------------------------------------
 
@@ -196,25 +201,30 @@ class QueueDoor(Door, QueuePool):
 
     def _do_get(self) -> Any:
         permit = self._breaker.permit
-        if permit is not None:
-            try:
-                record: Any = self._next()
-            except IndexError:
-                pass
-            else:
-                if self._invalidate_time > record.starttime and current_deadline() is not None:
-                    return self._get_slowly(permit, record)
-                record.permit = permit
-                self._checkouts += 1
-                if current_record() is not None:
-                    self._note_checkout(record)
-                return record
+        if permit is None:
+            return self._get_as_probe()
+        try:
+            record = self._next_idle()
+        except IndexError:
             return self._get_slowly(permit)
+        if self._invalidate_time > record.starttime and current_deadline() is not None:
+            return self._get_slowly(permit, record)
+        record.permit = permit
+        record.since = monotonic()
+        record.holder = self._whoami()
+        record.caller = current_caller() or introduce()
+        self._tally.checkouts += 1
+        if current_record() is not None:
+            self._note_checkout(record)
+        return record
+
+    def _get_as_probe(self) -> Any:
+        """The circuit is not closed: a probe's outcome is settled here."""
         permit = self._ask()
         try:
             record = self._get_slowly(permit)
             if permit.probe:
-                self._reopen(record)  # a probe's outcome is settled here
+                self._reopen(record)
         except BaseException as error:
             if permit.probe:
                 self._settle(permit, error)
@@ -228,84 +238,69 @@ class QueueDoor(Door, QueuePool):
         except BaseException as error:
             record.permit = record.notes = None
             record.invalidate(error)
-            self._give_back(record)
+            self._slots.give_back(record)
             raise
+
+    def _get_thoroughly(self) -> Any:
+        """``_do_get`` where every checkout goes the long way."""
+        permit = self._breaker.permit
+        return self._get_as_probe() if permit is None else self._get_slowly(permit)
 
     def _get_slowly(self, permit: Permit, record: Any = None) -> Any:
         """``record``: an idle one that has been taken already; None: take a slot, or wait for one."""
         deadline = current_deadline()
         if deadline is not None and deadline.remaining() <= 0:
             if record is not None:
-                self._give_back(record)
+                self._slots.give_back(record)
             raise refusals.deadline_exceeded(self, deadline)
         if record is None:
-            record = self._take_slot(deadline)
-        if record is None or (deadline is not None and record._is_hard_or_soft_invalidated()):  # noqa: SLF001
-            record = self._connected(record, deadline)
+            record = self._slots.try_take()
+        if record is None:
+            record = self._wait_in_line(deadline)
+        if not self._is_fit(record, deadline):
+            self._open(record, deadline)
         record.permit = permit
-        self._checkouts += 1
+        record.since = monotonic()
+        record.holder = self._whoami()
+        record.caller = current_caller() or introduce()
+        self._tally.checkouts += 1
         self._note_checkout(record)
+        if self._is_thorough:
+            self._upkeep.checked_out(record)
+        self._upkeep.used()
         return record
 
-    def _take_slot(self, deadline: Deadline | None) -> Any:
-        """A slot: with its record, connected or not, or None for a new one. Waits in line if it must."""
+    def _wait_in_line(self, deadline: Deadline | None) -> Any:
+        """Wait for a slot; returns it with its record. Raises when there is none for this caller."""
         waiter = self._make_waiter()
+        lane = Lane[current_criticality().upper()]
         left = None if deadline is None else deadline.remaining()
-        self._enter()
-        try:
-            record = self._take_idle()
-            if record is not None:
-                return record
-            if self._admission.try_take():
-                return self._take_shell()
-            lane = Lane[current_criticality().upper()]
-            answer = self._admission.join(waiter, lane, waiter.since, left)
-            if isinstance(answer, Refusal):
-                self._rejected += 1
-            else:
-                self._match()
-                self._send_away(() if answer is None else (answer,), Refusal.DISPLACED)
-        finally:
-            self._leave()
-        if isinstance(answer, Refusal):
-            raise refusals.saturated(self, answer)
-        return self._wait(waiter, deadline)
-
-    def _take_shell(self) -> Any:
-        """A record whose connection was lost, for a new slot; None: make one."""
-        if not self._shells:
-            return None
-        record = self._shells.pop()
-        record.owns_slot = True
-        return record
-
-    def _take_idle(self) -> Any:
-        """An idle record, or None: another thread, which needs no lock for it, may take the last at any moment."""
-        try:
-            return self._next()
-        except IndexError:
-            return None
-
-    def _wait(self, waiter: Waiter, deadline: Deadline | None) -> Any:
-        """Wait in line; returns what came with the slot: a record, or None. Raises when there is none."""
+        waiter.holds = len(mine(self._slots.out(), self._whoami()))
         patience: float | None = self._timeout
-        if deadline is not None:
-            left = deadline.remaining()
+        if left is not None:
             patience = left if patience is None else min(patience, left)
+        woken = True
         try:
-            woken = waiter.park(patience)
+            answer = self._slots.join(waiter, lane, left)
+            if answer is None:
+                self._upkeep.line_formed()
+                woken = waiter.park(patience)
         except BaseException:
-            if not self._step_out(waiter) and waiter.refusal is None:
-                self._give_back(waiter.granted)
+            if not self._slots.leave(waiter) and waiter.refusal is None and waiter.granted is not None:
+                self._slots.give_back(waiter.granted)
             raise
-        finally:
-            waited = monotonic() - waiter.since
-            notes = current_record()
-            if notes is not None:
-                notes.waits += 1
-                notes.wait_time += waited
-        if not woken and self._step_out(waiter):
-            self._timeouts += 1
+        if isinstance(answer, Refusal):
+            raise refusals.nested(self) if answer is Refusal.DEADLOCK else self._refuse(waiter, answer)
+        if answer is not None:
+            return answer
+        waited = monotonic() - waiter.since
+        self._tally.wait.add(waited)
+        notes = current_record()
+        if notes is not None:
+            notes.waits += 1
+            notes.wait_time += waited
+        if not woken and self._slots.leave(waiter):
+            self._tally.timeouts += 1
             if deadline is not None and deadline.remaining() <= 0:
                 raise refusals.deadline_exceeded(self, deadline, waited)
             raise refusals.timed_out(self, waited)
@@ -313,214 +308,182 @@ class QueueDoor(Door, QueuePool):
             raise waiter.refusal()
         return waiter.granted
 
-    def _step_out(self, waiter: Waiter) -> bool:
-        """Leave the line; False when a slot (or a refusal) was given in the meantime."""
-        self._enter()
-        try:
-            return self._admission.leave(waiter)
-        finally:
-            self._leave()
+    def _make_waiter(self) -> Waiter:
+        return ThreadWaiter()
 
-    def _connected(self, record: Any, deadline: Deadline | None) -> Any:
-        """A record with a live connection, for the slot held. The slot goes back if that fails."""
+    def _refuse(self, waiter: Waiter, why: Refusal) -> PoolSaturated:
+        return refusals.saturated(self, why, waiter)
+
+    # -- opening -------------------------------------------------------------------------------------------
+
+    def _make_record(self) -> Record:
+        return Record(self, connect=False)
+
+    def _open(self, record: Any, deadline: Deadline | None) -> None:
+        """Open the connection of the slot held. The slot goes back if that fails."""
         try:
+            self.cluster.wake()
             if deadline is None:
-                return self._create_connection()
-            return self._connect_elsewhere(record, deadline)
+                record.get_connection()
+            else:
+                self._open_elsewhere(record, deadline)
         except LeftBehind as left:
-            interruption = left.__cause__  # the slot is the business of whoever adopts
-        except BaseException:
-            self._give_back(record)
+            # The slot is the business of whoever adopts.
+            raise left.__cause__ or refusals.deadline_exceeded(self, deadline) from None
+        except Exception as error:
+            self._opening_failed(record, error)
             raise
-        raise interruption or refusals.deadline_exceeded(self, deadline)
+        except BaseException:
+            self._slots.give_back(record)
+            raise
 
-    def _connect_elsewhere(self, record: Any, deadline: Deadline) -> Any:
+    def _open_elsewhere(self, record: Any, deadline: Deadline) -> None:
         """Connect where the caller need not wait for it longer than its deadline."""
-
         permit = self._breaker.permit
 
-        def open_one() -> Any:
-            if record is None:
-                return self._create_connection()
-            record.get_connection()
-            return record
-
-        def adopt(opened: Any, error: BaseException | None) -> None:
-            if error is not None:
+        def adopt(_opened: Any, error: BaseException | None) -> None:
+            if isinstance(error, Exception):
                 self._connect_failed(error, permit)
-            self._give_back(record if opened is None else opened)
+                self._opening_failed(record, error)
+            else:
+                self._slots.give_back(record)
 
-        return self._run_bounded(open_one, deadline.remaining(), adopt)
+        self._run_bounded(record.get_connection, deadline.remaining(), adopt)
 
     def _run_bounded(
         self, work: Callable[[], Any], seconds: float, adopt: Callable[[Any, BaseException | None], None]
     ) -> Any:
         return run_in_thread(work, seconds, adopt)
 
-    def _make_waiter(self) -> Waiter:
-        return ThreadWaiter()
+    def open_one(self) -> bool:
+        """Open one more connection for nobody in particular; False when there may be no more. Raises as connecting
+        does."""
+        record = self._slots.open_slot()
+        if record is None:
+            return False
+        self._open(record, current_deadline())
+        self._slots.give_back(record)
+        return True
 
-    def _create_connection(self) -> ConnectionPoolEntry:
-        record = super()._create_connection()
-        self._records.add(record)
-        record.owns_slot = True  # type: ignore[attr-defined]
-        return record
+    def warm(self, connections: int) -> None:
+        while self._slots.total < connections and self.open_one():
+            pass
 
-    def _counted(self, record: Any) -> Any:
+    def open_in_background(self) -> None:
+        """As ``open_one``; a failure is told to the breaker, and to nobody else."""
+        permit = self._breaker.permit
+        try:
+            self.open_one()
+        except Exception as error:  # noqa: BLE001 - nobody is there to hear it
+            self._connect_failed(error, permit)
+
+    def _opened(self, record: Any) -> Any:
         """The pool's creator: every physical connection is opened here."""
+        began = monotonic()
         connection = self._open_physical(record)
-        self._opened += 1
+        self._tally.opened += 1
+        if record is not None:
+            now = monotonic()
+            self._tally.create.add(now - began)
+            self._upkeep.opened(record, now)
         return connection
 
+    def _opening_failed(self, record: Any, error: Exception) -> None:
+        self._tally.connect_failures += 1
+        self._upkeep.open_failed()
+        if self._slots.connect_failed(record, functools.partial(_same_failure, error)):
+            self._upkeep.rest()
+
+    def _connect_failed(self, error: BaseException, permit: Permit | None) -> None:
+        if not getattr(error, _SHARED, False):  # counted by whom it happened to
+            super()._connect_failed(error, permit)
+
+    def _is_fit(self, record: Any, deadline: Deadline | None) -> bool:
+        """Whether its connection can be handed out as it is. (SQLAlchemy replaces an invalidated one, too, but
+        without an eye on the deadline.)"""
+        if record.dbapi_connection is None:
+            return False
+        if deadline is not None and record._is_hard_or_soft_invalidated():  # noqa: SLF001
+            return False
+        return not record.dozed or self._is_awake(record, deadline)
+
+    def _is_awake(self, record: Any, deadline: Deadline | None) -> bool:
+        """Whether a connection that nobody has used for a while still answers. Its slot stays the caller's."""
+        record.dozed = False
+        if self._pre_ping:
+            return True  # SQLAlchemy asks anyway
+        limit = self._life.validation_timeout
+        seconds = limit if deadline is None else min(limit, deadline.remaining())
+        try:
+            alive = answers(self.cluster.dialect, self.cluster.driver, record.dbapi_connection, seconds)
+        except BaseException as error:
+            record.invalidate(error)
+            self._slots.give_back(record)
+            raise
+        if not alive:
+            self._tally.count_retired("validation")
+            record.invalidate()
+        return alive
+
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
-        self._closed += 1
+        self._tally.closed += 1
         super()._close_connection(connection, terminate=terminate)
 
     # -- back ----------------------------------------------------------------------------------------------
 
     def _do_return_conn(self, record: Any) -> None:
-        idle = self._idle
+        idle, slots, tally = self._idle, self._slots, self._tally
         breaker = self._breaker
         admission: Any = self._admission  # looked at twice, and it may change in between
+        if not tally.checkouts % _HOLD_SAMPLE:
+            tally.hold.add(monotonic() - record.since)
         if (
             record.permit is breaker.permit
-            and record.watch is None
-            and record.notes is None
+            and not record.owes
             and record.dbapi_connection is not None
             and not admission.waiting
-            and len(idle) < self._keep
+            and len(idle) < slots.keep
         ):
             breaker.answered += 1
             idle.append(record)
-            if admission.waiting or len(idle) > self._keep:
-                self._rebalance()
+            if admission.waiting or len(idle) > slots.keep:
+                slots.rebalance()
             return
         try:
             self._conclude(record)
         finally:
-            self._give_back(record)
+            slots.give_back(record)
 
     def _conclude(self, record: Any) -> None:
-        if record.dbapi_connection is None and record.permit is not None:
-            # Lost without an error that told why (pre-ping, a listener, invalidate()): no evidence.
-            self._breaker.release(record.permit)
-            record.permit = None
+        if record.dbapi_connection is None:
+            self._tally.count_retired("invalidated")
+            if record.permit is not None:
+                # Lost without an error that told why (pre-ping, a listener, invalidate()): no evidence.
+                self._breaker.release(record.permit)
+                record.permit = None
         super()._conclude(record)
-
-    def _give_back(self, record: Any) -> None:
-        """Hand a slot on, with its connection if there is one (None, or a record without: to be opened)."""
-        if record is not None and record.inherited:
-            self._parents.append(record)
-            return
-        while True:
-            if self._is_inside():
-                self._late.append(record)
-                return
-            waiter: Waiter | None = None
-            surplus = False
-            now = monotonic()
-            self._enter()
-            try:
-                self._send_away(self._admission.overdue(now), Refusal.SHED)
-                if record is None or record.dbapi_connection is None:
-                    waiter = self._admission.vacate(now)
-                    if waiter is None and record is not None:
-                        record.owns_slot = False
-                        self._shells.append(record)
-                else:
-                    # A pool that has been replaced keeps none, not for those who still wait either.
-                    waiter = self._admission.next_in_line(now) if self._keep else None
-                    surplus = waiter is None and len(self._idle) >= self._keep
-                    if waiter is None and not surplus:
-                        self._idle.append(record)
-                if waiter is not None:
-                    waiter.granted = record
-            finally:
-                self._leave()
-            if surplus:
-                self._discard(record)
-                return
-            if waiter is None or waiter.wake():
-                return
-
-    def _discard(self, record: Any) -> None:
-        """Close a connection that nobody holds, then give its slot back, whatever a listener makes of it."""
-        # In this order, so that the server never sees more than the limit.
-        record.owns_slot = False
-        try:
-            record.close()
-        finally:
-            self._give_back(None)
-
-    def _match(self) -> None:
-        """Inside the section: give idle connections to those who wait, where both came to be at once."""
-        while self._admission.waiting and (record := self._take_idle()) is not None:
-            waiter = self._admission.next_in_line(monotonic())
-            if waiter is None:
-                self._idle.append(record)
-                return
-            waiter.granted = record
-            if not waiter.wake():
-                self._idle.append(record)
-
-    def _rebalance(self) -> None:
-        """After two threads acted at once: nobody waits beside an idle connection, none is kept too many."""
-        if self._is_inside():
-            return  # whoever is inside looks again when leaving
-        surplus = None
-        self._enter()
-        try:
-            self._match()
-            if len(self._idle) > self._keep:
-                surplus = self._take_idle()
-        finally:
-            self._leave()
-        if surplus is not None:
-            self._give_back(surplus)
 
     def reclaim(self, record: Any) -> None:
         connection = record.dbapi_connection
         if connection is not None and not self._dialect.is_async:
             with contextlib.suppress(Exception):
                 self._close_connection(connection)
-        self._give_back(None)
+        self._slots.give_back(None)
 
     def dismiss_waiting(self, refusal: Callable[[], ResilienceError]) -> None:
-        """Send everybody in line away with an error of their own."""
-        self._enter()
-        try:
-            for waiter in self._admission.dismiss():
-                waiter.refusal = refusal
-                waiter.wake()
-        finally:
-            self._leave()
-
-    def _send_away(self, waiters: Iterable[Waiter], why: Refusal) -> None:
-        """Inside the section: tell those who were taken out of the line that they will not be served."""
-        for waiter in waiters:
-            self._rejected += 1
-            waiter.refusal = functools.partial(self._refuse, waiter, why)
-            waiter.wake()
-
-    def _refuse(self, waiter: Waiter, why: Refusal) -> PoolSaturated:
-        return refusals.saturated(self, why, monotonic() - waiter.since)
+        self._slots.dismiss(refusal)
 
     def dispose(self) -> None:
         self._disposed = True
         self.node.rest()
-        self._close_idle()
+        self._slots.close_idle("disposed")
         self.logger.info("Pool disposed. %s", self.status())
-
-    def _close_idle(self) -> None:
-        while (record := self._take_idle()) is not None:
-            self._discard(record)
-        self._shells.clear()
 
     def retire(self) -> None:
         # Connections that are still out come back here, where nobody will ask for them: close them then.
         if self._disposed:
-            self._keep = 0
-            self._close_idle()  # came back since dispose()
+            self._slots.keep = 0
+            self._slots.close_idle("disposed")  # came back since dispose()
 
     def _arguments(self) -> dict[str, Any]:
         return {
@@ -539,16 +502,23 @@ class QueueDoor(Door, QueuePool):
         return self._max_overflow
 
     def counts(self) -> str:
-        admission, idle = self._admission, len(self._idle)
+        admission, idle = self._admission, self._slots.idle_count
         return (
-            f"{admission.total - idle} active, {idle} idle, {admission.waiting} waiting; limit of size "
+            f"{self._slots.total - idle} active, {idle} idle, {admission.waiting} waiting; limit of size "
             f"{self._pool.maxsize} overflow {self._max_overflow}, at most {admission.max_waiting} waiting"
         )
 
     def expected_wait(self) -> float | None:
         """Seconds after which somebody who comes now could expect a connection; None if nothing is known."""
-        with self._guard:
-            return self._admission.expected_wait(Lane.SHEDDABLE, monotonic())
+        return self._slots.section.run(self._admission.expected_wait, Lane.SHEDDABLE, monotonic())
+
+    def holders(self, records: Sequence[Any] | None = None) -> list[Holder]:
+        out = self._slots.out() if records is None else records
+        return holders(out, self.node.name, is_async=bool(self._dialect.is_async))
+
+    def mine(self) -> list[Holder]:
+        """What the caller itself holds."""
+        return self.holders(mine(self._slots.out(), self._whoami()))
 
     @property
     def saturated(self) -> bool:
@@ -561,27 +531,16 @@ class QueueDoor(Door, QueuePool):
 
     @property
     def activity(self) -> int:
-        return self._checkouts
+        return self._tally.checkouts
 
     def after_fork(self) -> None:
-        self._guard = threading.RLock()
-        self._busy = False
-        self._admission.dismiss()  # their threads exist in the parent only
-        self._late.clear()
-        # Kept without a word to the server, also those that are still out here: it would be the parent's
-        # connection that hears it.
-        for record in self._records:
-            record.inherited = True
-            record.owns_slot = False
+        for record in self._slots.out():
             record.permit = _NOT_OURS
-        self._parents.extend(self._idle)
-        self._idle.clear()
-        self._shells.clear()
-        self._admission.total = 0
+        self._slots.after_fork()
 
     def stats(self) -> PoolStats:
-        idle, admission = len(self._idle), self._admission
-        total = max(idle, admission.total)
+        idle, admission, tally = self._slots.idle_count, self._admission, self._tally
+        total = max(idle, self._slots.total)
         return PoolStats(
             total=total,
             active=total - idle,
@@ -589,41 +548,69 @@ class QueueDoor(Door, QueuePool):
             waiting=admission.waiting,
             limit=admission.limit,
             max_waiting=admission.max_waiting,
-            checkouts=self._checkouts,
-            waited=admission.waited,
-            timeouts=self._timeouts,
-            rejected=self._rejected,
-            opened=self._opened,
-            closed=self._closed,
+            checkouts=tally.checkouts,
+            waited=tally.waited,
+            timeouts=tally.timeouts,
+            rejected=sum(tally.refused.values()),
+            opened=tally.opened,
+            closed=tally.closed,
+            waiting_by_criticality={
+                lane.name.lower(): depth for lane, depth in zip(Lane, admission.depths(), strict=True)
+            },
+            refused={why.value: times for why, times in tally.refused.items()},
+            retired=dict(tally.retired),
+            connect_failures=tally.connect_failures,
+            leaks=tally.leaks,
+            wait=tally.wait.snapshot(),
+            hold=tally.hold.snapshot(),
+            create=tally.create.snapshot(),
         )
 
-    # -- the guarded section -------------------------------------------------------------------------------
 
-    def _enter(self) -> None:
-        self._guard.acquire()
-        if self._busy:
-            self._guard.release()
-            raise PoolSaturated("a finalizer cannot use the pool while the pool is handing out a connection")
-        self._busy = True
+_HOLD_SAMPLE = 7
+"""One checkout in so many is timed: a prime, so that no rhythm of the program's hides half of its work."""
 
-    def _leave(self) -> None:
-        self._busy = False
-        self._guard.release()
-        while self._late:
-            try:
-                record = self._late.popleft()
-            except IndexError:
-                return
-            self._give_back(record)
+_SHARED = "_resilientdb_shared"
+"""Marks a failure that is told to a caller to whom it did not happen itself."""
 
-    def _is_inside(self) -> bool:
-        """Whether this very thread is inside the section (a finalizer runs in the middle of it)."""
-        with self._guard:
-            return self._busy
+
+def _same_failure(error: Exception) -> Exception:
+    """The failure as told to somebody who waited for the same: an object of its own, for its own traceback."""
+    try:
+        told = copy.copy(error)
+        setattr(told, _SHARED, True)
+    except Exception:  # noqa: BLE001 - a class whose objects cannot be copied or marked
+        return error
+    told.__cause__ = error
+    return told
+
+
+def _current_task_id() -> int:
+    return id(asyncio.current_task())
 
 
 class AsyncQueueDoor(QueueDoor, AsyncAdaptedQueuePool):
     """The pool of one node, for tasks of an event loop. Runs inside SQLAlchemy's greenlets."""
+
+    _whoami = staticmethod(_current_task_id)
+    loop: asyncio.AbstractEventLoop | None = None
+    """The loop that its connections belong to, as long as it has any."""
+
+    def _do_get(self) -> Any:
+        loop = asyncio.get_running_loop()
+        if loop is not self.loop:
+            self._belong_to(loop)
+        return super()._do_get()
+
+    def _belong_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self.loop is not None and self._admission.total:
+            raise ConfigurationError(
+                f"the connections of {self.node.name} belong to another event loop"
+                f"{', which has been closed' if self.loop.is_closed() else ''}: an AsyncEngine serves one loop at a "
+                "time; make one engine a loop, or await engine.dispose() at the end of the first loop",
+                key="engine",
+            )
+        self.loop = loop
 
     def _make_waiter(self) -> Waiter:
         return TaskWaiter(asyncio.get_running_loop(), await_only)

@@ -35,6 +35,7 @@ class Router(Door):
 
     def __init__(self, creator: Any, *args: Any, **options: Any) -> None:
         super().__init__(creator, *args, **options)
+        self.cluster.front = self
         self._doors: dict[str, Any] = {}
         for node in self.cluster.nodes:
             door: Any = self.door_class(

@@ -53,8 +53,9 @@ class ResilienceMiddleware:
     An error that is about the database's service becomes the problem response of ``problem``, unless the
     response has started; that and every other error passes on untouched. Add it **inside** CORS (a browser
     hides a 503 without CORS headers from the page) and together with the framework's exception handlers.
-    What a request did to the pools is in ``scope["resilientdb.record"]``. WebSockets are given a record and a
-    criticality, no deadline, and are never refused; everything else passes untouched.
+    What a request did to the pools is in ``scope["resilientdb.record"]``, with its method and path as
+    ``route``. WebSockets are given a record and a criticality, no deadline, and are never refused; everything
+    else passes untouched.
 
     Raises ``ConfigurationError`` for an engine that the library did not make, and for contradictory options.
     """
@@ -137,7 +138,7 @@ def _request(scope: Scope) -> Request:
     path, root = str(scope.get("path", "")), str(scope.get("root_path", ""))
     if root and (path == root or path.startswith(f"{root}/")):
         path = path[len(root) :]
-    return Request(scope.get("method", ""), path, header)
+    return Request(scope.get("method", "WEBSOCKET"), path, header)
 
 
 def _timed(message: Message, work: Work) -> Message:

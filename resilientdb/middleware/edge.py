@@ -13,6 +13,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, cast, get_args
+from urllib.parse import quote
 
 import sqlalchemy.exc
 
@@ -55,28 +56,43 @@ SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 LONGEST_DEADLINE: Final = 300.0
 """Seconds a header may ask for where no deadline is configured."""
 
+LONGEST_ROUTE: Final = 200
+"""Characters of a path that are shown."""
+_PATH_SAFE: Final = "/:@!$&'()*+,;=~"
+"""What RFC 3986 lets stand in a path as it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """What is read of a request, whichever protocol brought it."""
 
     method: str
+    """``WEBSOCKET`` for what has none."""
     path: str
     """Relative to where the application is mounted."""
     header: Callable[[str], str]
     """The value of a header by its lower-case name, several values joined by commas, "" when absent."""
+
+    @property
+    def route(self) -> str:
+        """``GET /orders/7``: without the query string, which is where the secrets are; quoted, so that no client
+        can write a second line into a log; and of a bounded length."""
+        return f"{self.method} {quote(self.path[:LONGEST_ROUTE], safe=_PATH_SAFE, errors='replace')}"
 
 
 class Work:
     """The scope in which one request runs: its terms, in force between entering and leaving it (in one
     context)."""
 
-    __slots__ = ("_deadline", "_limit", "_scopes", "record")
+    __slots__ = ("_deadline", "_limit", "_route", "_scopes", "record")
 
     record: context.RequestRecord
     """What the request does to the pools. Set on entry."""
 
-    def __init__(self, seconds: float | None, level: context.Criticality | None, *, read_only: bool) -> None:
+    def __init__(
+        self, seconds: float | None, level: context.Criticality | None, *, read_only: bool, route: str
+    ) -> None:
+        self._route = route
         self._deadline = None if seconds is None else context.deadline(seconds)
         self._limit: context.Deadline | None = None
         scopes: list[AbstractContextManager[Any]] = [] if level is None else [context.criticality(level)]
@@ -85,7 +101,7 @@ class Work:
         self._scopes = scopes
 
     def __enter__(self) -> Self:
-        recording = context.recording()
+        recording = context.recording(self._route)
         self.record = cast("context.RequestRecord", recording.__enter__())
         for scope in self._scopes:
             scope.__enter__()
@@ -178,11 +194,11 @@ class Edge:
             and request.method in SAFE_METHODS
             and (self._reads == "always" or "read_only" in states)
         )
-        return Work(self._seconds(request), self._level(request), read_only=read_only)
+        return Work(self._seconds(request), self._level(request), read_only=read_only, route=request.route)
 
     def endless(self, request: Request) -> Work:
         """The scope for what has no end of its own (a WebSocket): never refused, without a deadline."""
-        return Work(None, self._level(request), read_only=False)
+        return Work(None, self._level(request), read_only=False, route=request.route)
 
     def problem(self, error: BaseException) -> Problem | None:
         """What to answer for an error raised in the request that runs in this context; None = not ours."""

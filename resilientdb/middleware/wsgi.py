@@ -170,7 +170,9 @@ def _request(environ: WSGIEnvironment) -> Request:
     def header(name: str) -> str:
         return str(environ.get("HTTP_" + name.upper().replace("-", "_"), ""))
 
-    return Request(environ["REQUEST_METHOD"], environ.get("PATH_INFO", ""), header)
+    # PEP 3333: bytes that look like text.
+    path = environ.get("PATH_INFO", "").encode("latin-1", "replace").decode("utf-8", "replace")
+    return Request(environ["REQUEST_METHOD"], path, header)
 
 
 def _answer(problem: Problem, request: Request) -> Answer:

@@ -17,12 +17,14 @@ class Overload:
 
     The wait looked at is that of the *oldest* in line, not of the one served: under overload the newest is served
     first, and its short wait says nothing about the line. Nor does a short wait after somebody was sent away: the
-    line is short because of that. Not thread-safe: guarded by its owner's lock.
+    line is short because of that. Nor one that is seen while nobody is served. Not thread-safe: guarded by its
+    owner's lock.
     """
 
     __slots__ = ("_above_since", "_interval", "_sent_away_at", "_target", "now")
 
     def __init__(self, target: float, interval: float) -> None:
+        """``interval``: infinite where the verdict shall never be reached."""
         self._target = target
         self._interval = interval
         self._above_since: float | None = None
@@ -39,6 +41,34 @@ class Overload:
             self._above_since = now
         elif now - self._above_since >= self._interval:
             self.now = True
+
+    def stands(self, oldest_wait: float, now: float) -> None:
+        """Nobody is served at ``now``.
+
+        It does not matter how often this is called: the interval begins when the oldest had waited for ``target``.
+        """
+        if oldest_wait <= self._target:
+            return
+        if self._above_since is None:
+            self._above_since = now - (oldest_wait - self._target)
+        if now - self._above_since >= self._interval:
+            self.now = True
+
+    def is_too_old(self, waited: float) -> bool:
+        """Whether somebody who has waited so long is to be sent away."""
+        return self.now and waited > 2 * self._target
+
+    def next_look(self, oldest_wait: float, now: float) -> float:
+        """Seconds until a line that stands shows something new: its oldest has waited for ``target``, the verdict,
+        somebody who is too old. For the last, who is so already is taken to stay. Infinite: nothing ever."""
+        if self._interval == math.inf:
+            return math.inf
+        if self.now:
+            left = 2 * self._target - oldest_wait
+            return left if left > 0 else 2 * self._target
+        if self._above_since is None:
+            return self._target - oldest_wait
+        return self._above_since + self._interval - now
 
     def sent_away(self, now: float) -> None:
         """Somebody was taken out of the line for the good of the others."""
@@ -66,9 +96,13 @@ class DrainRate:
         self._gap: float | None = None
         self._last: float | None = None
 
-    def begins(self, now: float) -> None:
-        """Somebody joins an empty line."""
-        self._last = now
+    def begins(self, now: float, left_at: float | None = None) -> None:
+        """Somebody joins an empty line. ``left_at``: it is the same one still, empty since then only because
+        nobody was served and all gave up; the time in between does not count."""
+        if left_at is None or self._last is None:
+            self._last = now
+        else:
+            self._last += now - left_at
 
     def served(self, now: float) -> None:
         """The line moved by one."""

@@ -18,6 +18,11 @@ critical newcomer takes the place of the least critical who has waited longest. 
 before its turn comes is refused on arrival: it would only stand in the way. The first in line never is: it stands in
 nobody's way, and finds out whether the line still moves as slowly as it did.
 
+**Who holds already** and wants one more keeps others waiting while it waits. So it stands in a line of its own, ahead
+of all, always first come first served, from which only its own deadline sends it away. There is room for all of them:
+each holds a slot, so they are never more than there are slots. Once *every* slot is held by somebody who waits for
+one more, nobody can be served ever again; who would complete that circle is refused on arrival.
+
 The bound in time is kept by the waiter itself, who leaves when it is over. Leaving and being served exclude each
 other: ``leave`` answers whether the waiter was still in line, and a waiter who was served a moment before must take
 or return what it was given. So no slot is ever lost and none is given twice, whoever times out or is cancelled when.
@@ -26,6 +31,7 @@ or return what it was given. So no slot is ever lost and none is given twice, wh
 from __future__ import annotations
 
 import enum
+import math
 from collections import OrderedDict
 from typing import Generic, Protocol, TypeVar
 
@@ -35,19 +41,17 @@ __all__ = ["Admission", "Lane", "Refusal", "Waiting"]
 
 
 class Lane(enum.IntEnum):
-    """The lines, in the order in which they are served: the criticality of those who stand in them."""
+    """The lines, in the order in which they are served: those who hold a slot already, then by criticality."""
 
-    CRITICAL_PLUS = 0
-    CRITICAL = 1
-    SHEDDABLE_PLUS = 2
-    SHEDDABLE = 3
+    HOLDING = 0
+    CRITICAL_PLUS = 1
+    CRITICAL = 2
+    SHEDDABLE_PLUS = 3
+    SHEDDABLE = 4
 
 
 _LANES = tuple(Lane)
 _LEAST_CRITICAL_FIRST = _LANES[::-1]
-
-_SHARES = {Lane.CRITICAL_PLUS: 1.0, Lane.CRITICAL: 1.0, Lane.SHEDDABLE_PLUS: 0.5, Lane.SHEDDABLE: 0.25}
-"""The part of all places to wait that may be taken when somebody of that criticality joins."""
 
 
 class Refusal(enum.Enum):
@@ -57,6 +61,8 @@ class Refusal(enum.Enum):
     """All places to wait are taken, or all that its criticality may take."""
     HOPELESS = "pool-would-be-late"
     """Its time would be over before its turn."""
+    DEADLOCK = "pool-nested"
+    """With it, every slot would be held by somebody who waits for one more: none would ever come free."""
     DISPLACED = "pool-displaced"
     """It had to make room for a more critical caller, or, under overload, for a newer one."""
     SHED = "pool-shed"
@@ -64,11 +70,16 @@ class Refusal(enum.Enum):
 
 
 class Waiting(Protocol):
-    """Somebody in line. These are the line's, written when it is joined."""
+    """Somebody in line. The attributes are the line's, written when it is joined."""
 
     lane: Lane
     since: float
     remaining: float | None
+
+    @property
+    def holds(self) -> int:
+        """Slots that the caller has already and keeps while it waits. No slot is told by two who wait: else a
+        deadlock would be seen where there is none."""
 
 
 W = TypeVar("W", bound=Waiting)
@@ -82,8 +93,12 @@ class Admission(Generic[W]):
 
     __slots__ = (
         "_drain",
+        "_held",
+        "_left_at",
         "_lines",
+        "_memory",
         "_overloads",
+        "_shares",
         "_target",
         "limit",
         "max_waiting",
@@ -93,28 +108,49 @@ class Admission(Generic[W]):
     )
 
     def __init__(
-        self, *, limit: int | None, max_waiting: int | None, target: float = 0.05, interval: float = 1.0
+        self,
+        *,
+        limit: int | None,
+        max_waiting: int | None,
+        target: float = 0.05,
+        interval: float = 1.0,
+        shares: tuple[float, float] = (0.5, 0.25),
     ) -> None:
         """``target``: the longest wait, in seconds, that everybody in a line may have over ``interval`` seconds
-        without its being overloaded."""
+        without its being overloaded. ``shares``: the part of all places to wait that may be taken when somebody
+        sheddable_plus joins, and when somebody sheddable does."""
         self.limit = limit
-        """Most slots at once; None = unlimited."""
+        """Most slots at once; None = unlimited. After it was raised, who waits is not served until the owner has
+        taken the new slots (``try_take``) and handed them on (``serve``)."""
         self.max_waiting = max_waiting
-        """Most waiters at once; None = unlimited, 0 = nobody waits."""
+        """Most waiters at once, not counting those who hold a slot; None = unlimited, 0 = nobody waits, not even
+        they."""
         self.total = 0
         """Slots in existence."""
         self.waiting = 0
         """Callers in line."""
         self.waited = 0
         """How many have joined a line so far."""
+        self._shares = (1.0, 1.0, 1.0, *shares)
         self._target = target
-        self._overloads = tuple(Overload(target, interval) for _ in Lane)
+        self._memory = min(interval, 20 * target)
+        """Seconds after which a line that was deserted is forgotten: an interval, or the usual one."""
+        self._overloads = tuple(
+            Overload(target, math.inf if lane is Lane.HOLDING else interval) for lane in Lane
+        )
         self._drain = DrainRate()
-        self._lines: tuple[OrderedDict[W, None], ...] = tuple(OrderedDict() for _ in Lane)
+        self._lines: tuple[OrderedDict[W, int], ...] = tuple(OrderedDict() for _ in Lane)
+        """Who stands there, and how many slots each of them holds."""
+        self._held = 0
+        """The sum of these: slots held by those who wait."""
+        self._left_at: float | None = None
+        """When somebody last left unserved; None if somebody was served since."""
 
     def overloaded(self) -> tuple[bool, ...]:
-        """The verdict on each lane."""
-        return tuple(overload.now for overload in self._overloads)
+        """The verdict on each lane; never True of ``HOLDING``, nor of one in which nobody waits."""
+        return tuple(
+            overload.now and bool(line) for line, overload in zip(self._lines, self._overloads, strict=True)
+        )
 
     def depths(self) -> tuple[int, ...]:
         """Waiters in each lane."""
@@ -132,18 +168,25 @@ class Admission(Generic[W]):
     ) -> Refusal | W | None:
         """Stand in line at ``now``, for ``remaining`` seconds at most (None: as long as it takes).
 
-        Returns None when the waiter stands in line; a ``Refusal`` when it does not; or the waiter who had to make
-        room for it, and is in line no longer.
+        Who holds a slot stands with its like, whatever ``lane`` says. Returns None when the waiter stands in line; a
+        ``Refusal`` when it does not; or the waiter who had to make room for it, and is in line no longer.
         """
-        if not self.waiting:
-            self._drain.begins(now)
+        holds = waiter.holds
+        if holds:
+            lane = Lane.HOLDING
         if not self._lines[lane]:
-            self._overloads[lane].drained()
+            left_at = self._deserted_since(now)
+            if left_at is None:
+                self._overloads[lane].drained()
+            if not self.waiting:
+                self._drain.begins(now, left_at)
         crowded: Lane | None = None
-        if self.max_waiting is not None and self.waiting >= round(self.max_waiting * _SHARES[lane]):
+        if not self._has_room(lane):
             crowded = self._lane_to_shorten(lane)
             if crowded is None:
                 return Refusal.FULL
+        if holds and self._held + holds >= self.total and not self._may_grow():
+            return Refusal.DEADLOCK
         if remaining is not None and self.waiting:
             # Who would be first in line always stays: it finds out how fast the line moves now.
             wait = self.expected_wait(lane, now)
@@ -153,70 +196,142 @@ class Admission(Generic[W]):
         waiter.lane = lane
         waiter.since = now
         waiter.remaining = remaining
-        self._lines[lane][waiter] = None
+        self._lines[lane][waiter] = holds
+        self._held += holds
         self.waiting += 1
         self.waited += 1
         return displaced
 
     def expected_wait(self, lane: Lane, now: float) -> float | None:
         """Seconds until a newcomer of ``lane`` would be served; None while nothing is known."""
-        if not self.waiting:
+        if not self.waiting and self._deserted_since(now) is None:
             self._drain.drained()  # the time since the last was served says nothing
         ahead = sum(len(line) for line in self._lines[:lane])
         if not self._overloads[lane].now:
             ahead += len(self._lines[lane])
         return self._drain.wait(ahead + 1, now)
 
-    def leave(self, waiter: W) -> bool:
-        """Leave the line; False when the waiter has been served or sent away already."""
+    def leave(self, waiter: W, now: float | None = None) -> bool:
+        """Leave the line; False when the waiter has been served or sent away already.
+
+        ``now``: so that a line that is empty because all gave up is not taken to have drained.
+        """
         try:
-            del self._lines[waiter.lane][waiter]
+            self._held -= self._lines[waiter.lane].pop(waiter)
         except KeyError:
             return False
         self.waiting -= 1
+        self._left_at = now
         return True
 
+    def serve(self, now: float = 0.0, *, lost: bool = False) -> tuple[list[W], W | None]:
+        """A slot has come free: returns who is sent away before, and who is given it (None: nobody waits).
+
+        ``lost``: it has no connection any more. If it is given to nobody, it ceases to be. Above a ``limit`` that
+        was lowered it is given to nobody, unless those who wait hold all the others.
+        """
+        shed = self.overdue(now)
+        return shed, self.vacate(now) if lost else self.next_in_line(now)
+
     def next_in_line(self, now: float = 0.0) -> W | None:
-        """Take the next to be served out of its line, to be given a slot with its connection; None: nobody waits."""
+        """The second half of ``serve``: take the next out of its line, to be given a slot with its connection."""
+        self._left_at = None
         if not self.waiting:
-            for overload in self._overloads:
-                overload.drained()
             self._drain.drained()
             return None
         self._drain.served(now)
-        first: Lane | None = None
-        for lane, line, overload in zip(_LANES, self._lines, self._overloads, strict=True):
-            if not line:
-                overload.drained()
-                continue
-            overload.observe(now - next(iter(line)).since, now)
-            if first is None:
+        first = Lane.HOLDING
+        for lane in _LEAST_CRITICAL_FIRST:
+            if line := self._lines[lane]:
+                self._overloads[lane].observe(now - next(iter(line)).since, now)
                 first = lane
-        assert first is not None  # somebody waits
-        self.waiting -= 1
-        return self._lines[first].popitem(last=self._overloads[first].now)[0]
+        return self._take_out(first, newest=self._overloads[first].now)
+
+    def vacate(self, now: float = 0.0) -> W | None:
+        """As ``next_in_line``, for a slot that has lost its connection."""
+        if self.waiting and (self.limit is None or self.total <= self.limit or self._is_the_last_hope()):
+            return self.next_in_line(now)
+        self.total -= 1
+        return None
 
     def overdue(self, now: float) -> list[W]:
-        """Take out, and return, those to be shed before the next is served: who has too little time left to use
-        the slot, and under overload all who waited more than twice the target.
+        """The first half of ``serve``: take out who has too little time left to use the slot, and under overload all
+        who waited more than twice the target.
 
         The newest of the most critical stays, however long it has waited: there is a slot for it. So does the last in
         line. Who stands behind somebody with more time left is looked at when its turn comes.
         """
         shed: list[W] = []
         for lane in _LEAST_CRITICAL_FIRST:
-            line = self._lines[lane]
-            while line and self.waiting > 1:
-                first = next(iter(line))
-                if not self._is_late(first, now) and not (
-                    self._is_too_old(first, now) and (len(line) > 1 or lane != self._first())
-                ):
-                    break
+            while self._lines[lane] and self._is_first_overdue(lane, now):
                 shed.append(self._send_away_first(lane, now))
         return shed
 
-    def _is_too_old(self, waiter: W, now: float) -> bool:
-        return self._overloads[waiter.lane].now and now - waiter.since > 2 * self._target
+    def stalled(self, now: float) -> list[W]:
+        """Nothing has come back for a while: takes out, and returns, who is sent away although there is no slot.
+
+        By the same rules as when one comes free. Does no harm if something has come back.
+        """
+        for lane, line in zip(_LANES, self._lines, strict=True):
+            if line:
+                self._overloads[lane].stands(now - next(iter(line)).since, now)
+        return self.overdue(now)
+
+    def next_stall(self, now: float) -> float | None:
+        """Seconds until ``stalled`` is worth calling, at least half the target.
+
+        None: not unless somebody joins. A newcomer never makes it much sooner than was said, so a timer that is
+        set may stay. A waiter's own deadline is not looked at: it keeps that itself.
+        """
+        soonest = math.inf
+        for lane, line in zip(_LANES, self._lines, strict=True):
+            if line:
+                if self._is_first_overdue(lane, now):
+                    return self._target / 2
+                soonest = min(soonest, self._overloads[lane].next_look(now - next(iter(line)).since, now))
+        return None if soonest == math.inf else max(soonest, self._target / 2)
+
+    def dismiss(self) -> list[W]:
+        """Empty the lines; those returned hold no slot by them."""
+        dismissed = [waiter for line in self._lines for waiter in line]
+        for line in self._lines:
+            line.clear()
+        self.waiting = 0
+        self._held = 0
+        self._left_at = None
+        return dismissed
+
+    def _deserted_since(self, now: float) -> float | None:
+        """If a line that is empty now may be so because all gave up: since when. None once that is too long ago:
+        what comes back while nobody waits is not told to us."""
+        left_at = self._left_at
+        return None if left_at is None or now - left_at > self._memory else left_at
+
+    def _may_grow(self) -> bool:
+        return self.limit is None or self.total < self.limit
+
+    def _is_the_last_hope(self) -> bool:
+        """Whether those who wait hold every slot but one: if that one ceased to be, none would ever come free."""
+        return 0 < self._held >= self.total - 1
+
+    def _has_room(self, lane: Lane) -> bool:
+        if self.max_waiting is None:
+            return True
+        if lane is Lane.HOLDING:
+            return self.max_waiting > 0
+        others = self.waiting - len(self._lines[Lane.HOLDING])
+        return others < round(self.max_waiting * self._shares[lane])
+
+    def _is_first_overdue(self, lane: Lane, now: float) -> bool:
+        if self.waiting == 1:
+            return False
+        line = self._lines[lane]
+        first = next(iter(line))
+        if self._is_late(first, now):
+            return True
+        return self._overloads[lane].is_too_old(now - first.since) and (
+            len(line) > 1 or lane != self._most_critical()
+        )
 
     def _is_late(self, waiter: W, now: float) -> bool:
         return waiter.remaining is not None and now - waiter.since > waiter.remaining - self._time_to_use(
@@ -232,26 +347,8 @@ class Admission(Generic[W]):
         gap = self._drain.wait(1, now)
         return 0.0 if gap is None else min(self.total * gap, remaining / 2)
 
-    def vacate(self, now: float = 0.0) -> W | None:
-        """A slot has lost its connection: it goes to the waiter returned, or ceases to be.
-
-        Above a ``limit`` that was lowered, slots are not handed on.
-        """
-        if self.waiting and (self.limit is None or self.total <= self.limit):
-            return self.next_in_line(now)
-        self.total -= 1
-        return None
-
-    def dismiss(self) -> list[W]:
-        """Empty the lines; those returned hold no slot."""
-        dismissed = [waiter for line in self._lines for waiter in line]
-        for line in self._lines:
-            line.clear()
-        self.waiting = 0
-        return dismissed
-
-    def _first(self) -> Lane:
-        """The most critical lane in which somebody waits."""
+    def _most_critical(self) -> Lane:
+        """The first lane in which somebody waits."""
         return next(lane for lane in _LANES if self._lines[lane])
 
     def _lane_to_shorten(self, lane: Lane) -> Lane | None:
@@ -263,6 +360,11 @@ class Admission(Generic[W]):
         return lane if self._lines[lane] and self._overloads[lane].now else None
 
     def _send_away_first(self, lane: Lane, now: float) -> W:
-        self.waiting -= 1
         self._overloads[lane].sent_away(now)
-        return self._lines[lane].popitem(last=False)[0]
+        return self._take_out(lane)
+
+    def _take_out(self, lane: Lane, *, newest: bool = False) -> W:
+        waiter, holds = self._lines[lane].popitem(last=newest)
+        self._held -= holds
+        self.waiting -= 1
+        return waiter

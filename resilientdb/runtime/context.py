@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 from resilientdb.errors import ConfigurationError
@@ -72,6 +72,11 @@ class RequestRecord:
     wait_time: float = 0.0
     hold_time: float = 0.0
     """From checkout to checkin, of the connections given back so far."""
+    route: str | None = None
+    """What was asked for, for those who look at who holds what; the web edge says ``GET /orders/7``. An
+    application that knows better (``GET /orders/{id}``) may say so at any time."""
+    began: float = field(default_factory=monotonic)
+    """On the monotonic clock."""
 
 
 _deadline: ContextVar[Deadline | None] = ContextVar("resilientdb_deadline", default=None)
@@ -219,13 +224,17 @@ class criticality(_Scope[Criticality]):  # noqa: N801
 
 
 class recording(_Scope["RequestRecord | None"]):  # noqa: N801
-    """Collects what the block does to the pools into one ``RequestRecord``."""
+    """Collects what the block does to the pools into one ``RequestRecord``.
 
-    def __init__(self) -> None:
+    ``route`` names the work in it, for whoever looks at what holds connections: a job, a command, a request.
+    """
+
+    def __init__(self, route: str | None = None) -> None:
         super().__init__(_record)
+        self._route = route
 
     def _value(self) -> RequestRecord:
-        return RequestRecord()
+        return RequestRecord(route=self._route)
 
     def _again(self) -> recording:
-        return recording()
+        return recording(self._route)

@@ -26,14 +26,18 @@ _FOREVER = threading.TIMEOUT_MAX
 class Waiter:
     """Base: one caller in line. ``granted`` and ``refusal`` are written under the pool's lock, before ``wake``."""
 
-    __slots__ = ("granted", "lane", "refusal", "remaining", "since")
+    __slots__ = ("at", "granted", "holds", "lane", "refusal", "remaining", "since")
 
     def __init__(self) -> None:
         self.since = monotonic()
+        self.holds = 0
+        """Slots of this pool that the caller has already."""
         self.lane = Lane.CRITICAL
         self.remaining: float | None = None
+        self.at: Any = None
+        """The slots that it waits for: of its own pool, where several share a line."""
         self.granted: Any = None
-        """What came with the slot: a connection record, or None (open one)."""
+        """What came with the slot: a connection record."""
         self.refusal: Callable[[], BaseException] | None = None
         """Makes the error of a waiter that is sent away without a slot."""
 

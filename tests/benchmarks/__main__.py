@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from . import breaker, checkout, contention, import_time, refused, select_one
 from .measure import FULL, QUICK, SMOKE
-from .overload import harness as overload
+from .overload import brownout, mixed, sustained
 from .report import as_json, into_document, machine, render, render_targets
 from .systems import Bench
 
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
     from .report import Report
 
-_BENCHMARKS: dict[str, Callable[[Bench], Report]] = {
+BENCHMARKS: dict[str, Callable[[Bench], Report]] = {
     "checkout": checkout.run,
     "select": select_one.run,
     "refused": refused.run,
     "contention": contention.run,
     "breaker": breaker.run,
     "import": import_time.run,
-    "overload": overload.run,
+    "overload": sustained.run,
+    "brownout": brownout.run,
+    "mixed": mixed.run,
 }
 _DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
@@ -34,7 +36,7 @@ _DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0 even if a target is missed: a figure is for reading, not for gating."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(_BENCHMARKS)}; all if none")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; all if none")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything there")
     parser.add_argument("--docs", action="store_true", help="also put the tables into docs/benchmarks.md")
     parser.add_argument(
@@ -43,16 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_const", const=SMOKE, dest="scale", help=argparse.SUPPRESS)
     parser.set_defaults(scale=FULL)
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.names if name not in _BENCHMARKS]
+    unknown = [name for name in options.names if name not in BENCHMARKS]
     if unknown:
-        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(_BENCHMARKS)}")
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
 
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     reports = []
     with Bench(options.scale) as bench:
-        for name in options.names or _BENCHMARKS:
+        for name in options.names or BENCHMARKS:
             begun = time.monotonic()
-            report = _BENCHMARKS[name](bench)
+            report = BENCHMARKS[name](bench)
             reports.append(report)
             print(f"\n{render(report)}\n\n({time.monotonic() - begun:.0f} s)", flush=True)
     print(f"\n{render_targets(reports)}")

@@ -42,7 +42,8 @@ class Scale:
     refused_calls: int
     contention_turn: float
     contention_rounds: int
-    threads: tuple[int, ...]
+    callers: tuple[int, ...]
+    """Threads, then tasks, that contend."""
     loads: tuple[float, ...]
     """Arrivals, as multiples of the capacity."""
     load_time: float
@@ -59,7 +60,7 @@ FULL = Scale(
     refused_calls=4000,
     contention_turn=2.0,
     contention_rounds=7,
-    threads=(4, 16, 64),
+    callers=(4, 16, 64),
     loads=(1, 2, 5, 10),
     load_time=15.0,
     tail_time=20.0,
@@ -71,8 +72,8 @@ QUICK = Scale(
     refused_calls=1000,
     contention_turn=0.5,
     contention_rounds=3,
-    threads=(4, 16, 64),
-    loads=(1, 2, 5, 10),
+    callers=(4, 16, 64),
+    loads=(2, 5, 10),
     load_time=3.0,
     tail_time=5.0,
     imports=7,
@@ -83,7 +84,7 @@ SMOKE = Scale(
     refused_calls=20,
     contention_turn=0.1,
     contention_rounds=1,
-    threads=(8,),
+    callers=(8,),
     loads=(2,),
     contestants=2,
     load_time=0.3,

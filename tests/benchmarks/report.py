@@ -27,12 +27,20 @@ class Target:
     limit: float
     at_least: bool = False
     """Whether ``limit`` is the smallest allowed value, instead of the largest."""
+    valid: bool = True
+    """Whether the measurement is worth anything: one that was disturbed neither meets nor misses a target."""
 
     @property
     def met(self) -> bool:
-        if self.measured is None:
+        if self.measured is None or not self.valid:
             return False
         return self.measured >= self.limit if self.at_least else self.measured <= self.limit
+
+    @property
+    def verdict(self) -> str:
+        if not self.valid:
+            return "invalid"
+        return "met" if self.met else "MISSED"
 
     def __str__(self) -> str:
         measured = "none" if self.measured is None else f"{self.measured:.3g}"
@@ -90,7 +98,7 @@ def render_rows(report: Report) -> str:
 
 def render_targets(reports: Sequence[Report]) -> str:
     body = [
-        [report.name, target.what, str(target), "met" if target.met else "MISSED"]
+        [report.name, target.what, str(target), target.verdict]
         for report in reports
         for target in report.targets
     ]
@@ -132,7 +140,10 @@ def into_document(path: Path, reports: Sequence[Report], how: str) -> None:
 
 
 def _with_targets(report: Report) -> str:
-    told = [f"- {'met' if target.met else '**missed**'}: {target.what} {target}" for target in report.targets]
+    told = [
+        f"- {target.verdict.replace('MISSED', '**missed**')}: {target.what} {target}"
+        for target in report.targets
+    ]
     return "\n".join([render_rows(report), *([""] if told and not report.notes else []), *told])
 
 
@@ -165,7 +176,13 @@ def _row(row: Row) -> dict[str, Any]:
         },
         "ratio": row.ratio._asdict() if row.ratio is not None else None,
         "targets": [
-            {"what": target.what, "measured": target.measured, "limit": target.limit, "met": target.met}
+            {
+                "what": target.what,
+                "measured": target.measured,
+                "limit": target.limit,
+                "met": target.met,
+                "valid": target.valid,
+            }
             for target in row.targets
         ],
     }

@@ -12,7 +12,7 @@ import pytest
 
 from resilientdb.config import Resilience, options, resilience
 from resilientdb.config.base import Option, Options, leaves, options_of
-from resilientdb.config.fields import Choice, Count, Factory, Flag, Kind, Listeners, Number
+from resilientdb.config.fields import Choice, Count, Factory, Flag, Kind, Listeners, Name, Number
 from resilientdb.errors import ConfigurationError
 
 LEAVES = dict(leaves(Resilience))
@@ -61,6 +61,9 @@ def bad_values(option: Option) -> list[object]:
             wrong += [0, 1, "true"]
         case Choice():
             wrong += [True, 0, kind.words[0].upper()]
+        case Name():
+            wrong.remove("a-word")
+            wrong += ["", "two words", "é", 1]
         case Listeners():
             wrong.remove(wrong[1])
             wrong += [
@@ -92,6 +95,8 @@ def good_values(option: Option) -> list[object]:
             good += [True, False]
         case Choice():
             good += kind.words
+        case Name():
+            good += ["main", "a-1_b.C"]
         case Listeners():
             good += [(pybreaker.CircuitBreakerListener(),)]
         case Factory():
@@ -118,12 +123,25 @@ def test_a_value_out_of_range_names_key_value_and_range(key: str) -> None:
             assert caught.value.value is value
 
 
-@pytest.mark.parametrize("key", [key for key in LEAVES if key != "retry.backoff.maximum"])
+BESIDE_THE_DEFAULTS = {
+    "retry.backoff.initial": (0.0, 2.0),
+    "retry.backoff.maximum": (0.05, math.inf),
+    "queue.timeout": (0.05, math.inf),
+    "queue.target": (0.0, 5.0),
+    "queue.sheddable_plus_share": (0.25, 1.0),
+    "queue.sheddable_share": (0.0, 0.5),
+    "lifecycle.max_age": (0.0, math.inf),
+    "lifecycle.keepalive": (0.0, 599.0),
+}
+"""Where a value contradicts the default of another option elsewhere: that is tested with the contradictions."""
+
+
+@pytest.mark.parametrize("key", LEAVES)
 def test_the_edges_of_the_range_are_in_it(key: str) -> None:
+    low, high = BESIDE_THE_DEFAULTS.get(key, (-math.inf, math.inf))
     for value in good_values(LEAVES[key]):
-        if key == "retry.backoff.initial" and isinstance(value, int | float) and value > 2:
-            continue  # above the default maximum: a contradiction, tested elsewhere
-        assert make(key, value) == value
+        if not isinstance(value, int | float) or low <= value <= high:
+            assert make(key, value) == value
 
 
 @pytest.mark.parametrize("key", LEAVES)
@@ -140,7 +158,7 @@ def test_tables_say_the_same_of_a_bad_value(key: str) -> None:
 def test_numbers_are_stored_as_their_type(key: str) -> None:
     kind = LEAVES[key].kind
     if isinstance(kind, Number):
-        assert type(make(key, 1)) is float
+        assert type(make(key, 0 if key == "queue.sheddable_share" else 1)) is float
     elif isinstance(kind, Count):
         assert type(make(key, 1)) is int
     else:
@@ -157,6 +175,9 @@ DEFAULTS = {
     "queue.timeout": 5.0,
     "queue.target": 0.05,
     "queue.interval": 1.0,
+    "queue.sheddable_plus_share": 0.5,
+    "queue.sheddable_share": 0.25,
+    "queue.limiter": None,
     "retry.attempts": 3,
     "retry.timeout": 10.0,
     "retry.wait_when_open": False,
@@ -181,6 +202,15 @@ DEFAULTS = {
     "lifecycle.connect_timeout": 5.0,
     "lifecycle.tcp_user_timeout": 10.0,
     "lifecycle.keepalive_idle": 5.0,
+    "lifecycle.min_size": 0,
+    "lifecycle.max_connecting": 2,
+    "lifecycle.max_age": 1800.0,
+    "lifecycle.max_uses": None,
+    "lifecycle.idle_timeout": 600.0,
+    "lifecycle.keepalive": None,
+    "lifecycle.validate_idle": 0.5,
+    "lifecycle.validation_timeout": 1.0,
+    "lifecycle.leak_threshold": None,
     "deadline": None,
     "enabled": True,
 }

@@ -74,6 +74,8 @@ def test_positional_arguments(table: Callable[..., Options]) -> None:
         (BreakerPolicy, "reset_timout", "breaker.reset_timout", "breaker.reset_timeout"),
         (Routing, "fallback", "routing.fallback", "routing.fallback_to_primary (a bool (true or false))"),
         (Lifecycle, "connect_time", "lifecycle.connect_time", "lifecycle.connect_timeout"),
+        (Lifecycle, "max_use", "lifecycle.max_use", "lifecycle.max_uses (an int, 1 or more, or None)"),
+        (Lifecycle, "validate_idel", "lifecycle.validate_idel", "lifecycle.validate_idle"),
         (Resilience, "max_waiting", "max_waiting", "queue.max_waiting"),
         (Resilience, "retries", "retries", "retry (RetryPolicy(...))"),
     ],
@@ -90,7 +92,8 @@ def test_an_unknown_keyword_names_the_nearest(
 def test_an_unknown_keyword_near_to_nothing_lists_what_there_is() -> None:
     with pytest.raises(
         ConfigurationError,
-        match=r"valid: queue\.max_waiting, queue\.timeout, queue\.target, queue\.interval$",
+        match=r"valid: queue\.max_waiting, queue\.timeout, queue\.target, queue\.interval, "
+        r"queue\.sheddable_plus_share, queue\.sheddable_share, queue\.limiter$",
     ):
         cast("Any", SaturationQueue)(zzz=1)
 
@@ -132,6 +135,76 @@ def test_retries_that_can_never_be_made_are_a_contradiction() -> None:
     assert RetryPolicy(timeout=1, backoff=pauses, attempts=1).attempts == 1
     assert RetryPolicy(timeout=None, backoff=pauses).timeout is None
     assert RetryPolicy(timeout=0.5, backoff=Backoff(initial=1)).timeout == 0.5, "jitter may draw a short one"
+
+
+def test_a_concern_that_nobody_lives_to_see_is_a_contradiction() -> None:
+    with pytest.raises(
+        ConfigurationError,
+        match=r"queue\.target must be at most queue\.timeout \(0\.02 seconds\).*; got 0\.05$",
+    ) as caught:
+        SaturationQueue(timeout=0.02)
+    assert (caught.value.key, caught.value.value) == ("queue.target", 0.05)
+    with pytest.raises(ConfigurationError, match=r"queue\.target must be at most queue\.timeout"):
+        SaturationQueue(target=5.01)
+    assert SaturationQueue(timeout=0.05).timeout == 0.05
+    assert SaturationQueue(timeout=0).timeout == 0, "nobody waits: there is nothing to judge"
+    assert SaturationQueue(timeout=None, target=60).target == 60
+
+
+def test_the_less_critical_have_no_more_places_than_the_more_critical() -> None:
+    with pytest.raises(
+        ConfigurationError,
+        match=r"queue\.sheddable_share must be at most queue\.sheddable_plus_share \(0\.1\).*; got 0\.25$",
+    ) as caught:
+        SaturationQueue(sheddable_plus_share=0.1)
+    assert (caught.value.key, caught.value.value) == ("queue.sheddable_share", 0.25)
+    with pytest.raises(ConfigurationError, match=r"queue\.sheddable_share must be at most"):
+        SaturationQueue(sheddable_share=0.51)
+    assert SaturationQueue(sheddable_share=1, sheddable_plus_share=1).sheddable_share == 1
+    assert SaturationQueue(sheddable_share=0, sheddable_plus_share=0).sheddable_plus_share == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [
+        ({"keepalive": 600}, r"lifecycle\.idle_timeout \(600 seconds\).*lifecycle\.min_size more than 0"),
+        ({"keepalive": 60, "idle_timeout": 30}, r"lifecycle\.idle_timeout \(30 seconds\)"),
+        ({"keepalive": 1800, "min_size": 3}, r"lifecycle\.max_age \(1800 seconds\)"),
+        ({"keepalive": 60, "max_age": 60, "idle_timeout": None}, r"lifecycle\.max_age \(60 seconds\)"),
+    ],
+)
+def test_a_question_that_no_connection_lives_to_be_asked_is_a_contradiction(
+    values: dict[str, Any], limit: str
+) -> None:
+    with pytest.raises(
+        ConfigurationError, match=rf"lifecycle\.keepalive must be less than {limit}"
+    ) as caught:
+        Lifecycle(**values)
+    assert (caught.value.key, caught.value.value) == ("lifecycle.keepalive", values["keepalive"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"keepalive": 599},
+        {"keepalive": 900, "min_size": 1},
+        {"keepalive": 900, "idle_timeout": None},
+        {"keepalive": 9000, "idle_timeout": None, "max_age": None},
+        {"max_age": 60},
+    ],
+)
+def test_a_question_that_can_be_asked_is_none(values: dict[str, Any]) -> None:
+    policy = Lifecycle(**values)
+    assert {name: getattr(policy, name) for name in values} == values
+
+
+def test_a_contradiction_between_two_sources_is_found() -> None:
+    environ = {"RESILIENTDB_LIFECYCLE_KEEPALIVE": "60"}
+    assert rc.resolve(environ=environ).resilience.lifecycle.keepalive == 60
+    with pytest.raises(
+        ConfigurationError, match=r"lifecycle\.keepalive must be less than lifecycle\.idle_timeout"
+    ):
+        rc.resolve(environ=environ, profile="pgbouncer")
 
 
 def test_repr_shows_only_what_differs() -> None:
@@ -204,7 +277,15 @@ def test_copies_remember_what_was_given(
 
 
 def test_asdict_holds_options_only() -> None:
-    assert asdict(SaturationQueue()) == {"max_waiting": 50, "timeout": 5.0, "target": 0.05, "interval": 1.0}
+    assert asdict(SaturationQueue()) == {
+        "max_waiting": 50,
+        "timeout": 5.0,
+        "target": 0.05,
+        "interval": 1.0,
+        "sheddable_plus_share": 0.5,
+        "sheddable_share": 0.25,
+        "limiter": None,
+    }
     assert set(asdict(Resilience())) == {
         "queue",
         "retry",

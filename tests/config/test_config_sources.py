@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from resilientdb.config import Resilience, SaturationQueue, resolve
 from resilientdb.config.base import leaves
-from resilientdb.config.fields import Choice, Count, Flag, Number
+from resilientdb.config.fields import Choice, Count, Flag, Name, Number
 from resilientdb.config.wording import as_text, flat
 from resilientdb.errors import ConfigurationError
 
@@ -40,15 +40,33 @@ def values_of(key: str) -> st.SearchStrategy[Any]:
             values = st.booleans()
         case Choice():
             values = st.sampled_from(kind.words)
+        case Name():
+            values = st.from_regex(r"[A-Za-z]{2}[-_.][0-9]", fullmatch=True)
         case _:
             raise AssertionError(key)
     return st.none() | values if LEAVES[key].optional else values
 
 
+IN_ORDER = (
+    ("retry.backoff.initial", "retry.backoff.maximum"),
+    ("queue.sheddable_share", "queue.sheddable_plus_share"),
+    ("queue.target", "queue.timeout"),
+)
+"""Pairs of which the first may not be more than the second."""
+
+
 def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
-    if "retry.backoff.initial" in values or "retry.backoff.maximum" in values:
-        pair = values.get("retry.backoff.initial", 0.05), values.get("retry.backoff.maximum", 2.0)
-        values["retry.backoff.initial"], values["retry.backoff.maximum"] = sorted(pair)
+    def at(key: str) -> Any:
+        return values.get(key, LEAVES[key].default)
+
+    for lower, upper in IN_ORDER:
+        if at(upper) and at(lower) > at(upper):  # 0 or None: no timeout to be above
+            values[lower], values[upper] = at(upper), at(lower)
+    if not at("queue.sheddable_plus_share"):
+        values["queue.sheddable_share"] = 0.0
+    ends = [at("lifecycle.max_age"), at("lifecycle.idle_timeout")]
+    if at("lifecycle.keepalive") and any(end and at("lifecycle.keepalive") >= end for end in ends):
+        values["lifecycle.keepalive"] = None
     values["retry.backoff.jitter"] = "full"
     return values
 
@@ -98,13 +116,15 @@ def test_any_text_is_taken_or_refused_by_name(key: str, text: str) -> None:
     except ConfigurationError as error:
         refused = error
     if refused is not None:
-        assert refused.key in {key, "retry.backoff.maximum"}
+        assert refused.key in {key, "retry.backoff.maximum", "queue.target", "queue.sheddable_share"}
         assert refused.__context__ is None
 
 
 @pytest.mark.parametrize("key", TEXT_KEYS)
 @pytest.mark.parametrize("text", ["", "  ", "a-word", "1;2", "nan", "-1"])
 def test_malformed_text_names_variable_key_value_and_range(key: str, text: str) -> None:
+    if text and isinstance(LEAVES[key].kind, Name):
+        text = "two words" if text.strip() else text  # nearly any word is a name
     for source, said in (
         (lambda: Resilience.from_env(environ={variable(key): text}), f"{variable(key)} ({key})"),
         (

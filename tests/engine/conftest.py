@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from sqlalchemy.dialects import sqlite
@@ -14,7 +16,20 @@ from resilientdb.engine.cluster import Cluster
 from resilientdb.engine.pool import QueueDoor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
+
+T = TypeVar("T")
+
+
+def by_another(work: Callable[[], T]) -> T:
+    """``work()`` in another flow of work, as another request would do it: what it takes is not held by the caller,
+    who may then wait for it without waiting for itself."""
+    return contextvars.Context().run(work)
+
+
+async def by_another_task(work: Coroutine[Any, Any, T]) -> T:
+    """As ``by_another``, for tasks."""
+    return await asyncio.create_task(work, context=contextvars.Context())
 
 
 class FakeConnection:

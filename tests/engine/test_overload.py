@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     clock = FakeClock()
-    for user in ("engine.pool", "runtime.waiters", "runtime.context"):
+    for user in ("engine.pool", "engine.slots", "engine.refusals", "runtime.waiters", "runtime.context"):
         monkeypatch.setattr(f"resilientdb.{user}.monotonic", clock)
     return clock
 

@@ -12,6 +12,7 @@ from sqlalchemy import exc
 
 import resilientdb as rdb
 from resilientdb.errors import CircuitOpen, DeadlineExceeded, PoolSaturated, PoolTimeout
+from tests.engine.conftest import by_another
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,8 +44,8 @@ def assert_whole(pool: QueueDoor, database: FakeDatabase, size: int) -> None:
     assert pool.stats().active == 0
     assert pool.stats().waiting == 0
     pool._timeout = 0.0
-    held = [pool.connect() for _ in range(size)]
-    with pytest.raises(PoolTimeout):
+    held = [by_another(pool.connect) for _ in range(size)]
+    with pytest.raises(PoolTimeout, match="timed out"):
         pool.connect()
     assert pool.stats().total == pool.stats().active == size
     for connection in held:
@@ -109,20 +110,53 @@ def test_who_returns_and_takes_again_stands_in_line(make_pool: MakePool) -> None
 # -- slots without connections -----------------------------------------------------------------------------------
 
 
-def test_a_failed_connect_wakes_the_next_in_line_at_once(make_pool: MakePool, database: FakeDatabase) -> None:
-    """SQLAlchemy's queue tells nobody: who waits sleeps for its whole timeout beside a free slot."""
-    pool = make_pool(1, resilience=no_retry(), timeout=60.0)
+def test_a_failed_connect_is_told_to_all_who_wait_for_the_same(
+    make_pool: MakePool, database: FakeDatabase
+) -> None:
+    """SQLAlchemy's queue tells nobody: who waits sleeps for its whole timeout beside a free slot. Here nobody else
+    holds a connection that could come back, so each would only spend its time on the same failure."""
+    policy = rdb.Resilience(retry=rdb.RetryPolicy(attempts=1), breaker=rdb.BreakerPolicy(minimum_calls=2))
+    pool = make_pool(1, resilience=policy, timeout=60.0)
     database.gate = threading.Event()
     database.failures.append(ConnectionRefusedError("connection refused"))
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(3) as threads:
         first = threads.submit(pool.connect)
         assert database.connecting.acquire(timeout=10)
-        second = threads.submit(pool.connect)
-        until_waiting(pool, 1)
+        others = [threads.submit(pool.connect) for _ in range(2)]
+        until_waiting(pool, 2)
+        database.gate.set()
+        own = first.exception(10)
+        for other in others:
+            told = other.exception(10)
+            assert isinstance(told, ConnectionRefusedError)
+            assert told is not own
+            assert told.__cause__ is own
+    assert pool.node.breaker.current_state == "closed", "it happened once"
+    assert pool.stats().connect_failures == 1
+    assert_whole(pool, database, 1)
+
+
+def test_who_waits_goes_on_waiting_while_others_hold_connections(
+    make_pool: MakePool, database: FakeDatabase
+) -> None:
+    """The slot that could not be opened rests a moment, then the next in line may try."""
+    pool = make_pool(2, resilience=no_retry(), timeout=60.0)
+    held = pool.connect()
+    database.gate = threading.Event()
+    database.failures.append(ConnectionRefusedError("too many clients"))
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(pool.connect)
+        assert database.connecting.acquire(timeout=10)
+        others = [threads.submit(pool.connect) for _ in range(2)]
+        until_waiting(pool, 2)
         database.gate.set()
         assert isinstance(first.exception(10), ConnectionRefusedError)
-        second.result(10).close()
-    assert_whole(pool, database, 1)
+        held.close()
+        connections = [other.result(10) for other in others]  # one is given what came back, one the slot
+    assert database.opened == 2
+    for connection in connections:
+        connection.close()
+    assert_whole(pool, database, 2)
 
 
 def test_an_invalidated_connection_gives_its_slot_to_the_next(
@@ -175,13 +209,14 @@ def test_a_probe_that_finds_its_connection_stale_and_fails_keeps_no_slot(
 
 def test_timeout_names_what_it_waited_for(make_pool: MakePool) -> None:
     pool = make_pool(1, timeout=0.05)
-    held = pool.connect()
+    held = by_another(pool.connect)
     began = time.monotonic()
     with pytest.raises(PoolTimeout) as caught:
         pool.connect()
     assert 0.05 <= time.monotonic() - began < 5
     assert isinstance(caught.value, exc.TimeoutError)
     assert "QueuePool limit of size 1 overflow 0 reached" in str(caught.value)
+    assert caught.value.reason == "pool-timeout"
     assert "1 active, 0 idle" in str(caught.value)
     assert pool.stats().timeouts == 1
     held.close()
@@ -190,8 +225,8 @@ def test_timeout_names_what_it_waited_for(make_pool: MakePool) -> None:
 @pytest.mark.parametrize("timeout", [0, 0.0])
 def test_timeout_zero_does_not_wait(make_pool: MakePool, timeout: float) -> None:
     pool = make_pool(1, timeout=timeout)
-    held = pool.connect()
-    with pytest.raises(PoolTimeout):
+    held = by_another(pool.connect)
+    with pytest.raises(PoolTimeout, match="timed out"):
         pool.connect()
     held.close()
     pool.connect().close()
@@ -219,7 +254,7 @@ def test_a_timeout_beyond_all_clocks_is_no_error(make_pool: MakePool) -> None:
 
 def test_a_full_line_refuses_at_once(make_pool: MakePool, database: FakeDatabase) -> None:
     pool = make_pool(1, resilience=no_retry(max_waiting=2))
-    held = pool.connect()
+    held = by_another(pool.connect)
     with ThreadPoolExecutor(2) as threads:
         waiting = [threads.submit(pool.connect) for _ in range(2)]
         until_waiting(pool, 2)
@@ -235,7 +270,7 @@ def test_a_full_line_refuses_at_once(make_pool: MakePool, database: FakeDatabase
 
 def test_with_no_line_at_all_nobody_waits(make_pool: MakePool) -> None:
     pool = make_pool(1, resilience=no_retry(max_waiting=0))
-    held = pool.connect()
+    held = by_another(pool.connect)
     with pytest.raises(PoolSaturated):
         pool.connect()
     held.close()
@@ -333,7 +368,7 @@ def test_connections_out_at_dispose_are_closed_on_return(make_pool: MakePool, da
 
 def test_counts_go_on_after_dispose(make_pool: MakePool) -> None:
     pool = make_pool(1, timeout=0)
-    held = pool.connect()
+    held = by_another(pool.connect)
     with pytest.raises(PoolTimeout):
         pool.connect()
     held.close()
@@ -348,7 +383,7 @@ def test_counts_go_on_after_dispose(make_pool: MakePool) -> None:
 
 def test_a_deadline_bounds_the_wait(make_pool: MakePool, database: FakeDatabase) -> None:
     pool = make_pool(1)
-    held = pool.connect()
+    held = by_another(pool.connect)
     with rdb.deadline(0.05), pytest.raises(DeadlineExceeded, match=r"after 0\.\d+ s in line"):
         pool.connect()
     with rdb.deadline(0), pytest.raises(DeadlineExceeded):

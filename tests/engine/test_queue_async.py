@@ -126,7 +126,7 @@ def test_timeout_and_full_line(make_pool: Callable[..., AsyncPool]) -> None:
     run(main())
 
 
-def test_a_failed_connect_wakes_the_next_in_line_at_once(
+def test_a_failed_connect_is_told_to_all_who_wait_for_the_same(
     make_pool: Callable[..., AsyncPool], database: FakeDatabase
 ) -> None:
     async def main() -> None:
@@ -136,9 +136,10 @@ def test_a_failed_connect_wakes_the_next_in_line_at_once(
         first, second = (asyncio.create_task(pool.take()) for _ in range(2))
         await until(lambda: pool.stats().waiting == 1)
         pool.gate.set()
-        with pytest.raises(ConnectionRefusedError):
-            await first
-        await give(await second)
+        for task in (first, second):
+            with pytest.raises(ConnectionRefusedError):
+                await task
+        assert pool.stats().connect_failures == 1
         await assert_whole(pool, 1)
 
     run(main())
@@ -361,7 +362,9 @@ def test_a_waiter_whose_loop_was_closed_is_passed_over(
         async def main() -> None:
             await give(kept[0])
             assert (pool.stats().active, pool.stats().idle, pool.stats().waiting) == (0, 1, 0)
-            await assert_whole(pool, 1)
+            with pytest.raises(rdb.ConfigurationError, match="another event loop, which has been closed"):
+                await pool.take()
+            assert (pool.stats().active, pool.stats().idle) == (0, 1)
 
         asyncio.run(main())
 

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 import resilientdb as rdb
 from resilientdb.errors import CircuitOpen, DeadlineExceeded, PoolSaturated, PoolTimeout
+from tests.engine.conftest import by_another
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -110,8 +111,8 @@ def test_a_waiter_that_joins_in_the_middle_of_a_checkin(make_pool: MakePool) -> 
                     time.sleep(0)
             super().append(record)
 
-    pool._idle = pool._pool.queue = Idle()  # type: ignore[attr-defined]
-    pool._next = pool._idle.popleft
+    pool._idle = pool._slots.idle = Idle()
+    pool._next_idle = pool._slots.next_idle = pool._idle.popleft
     held.close()
     waiter.join(10)
     assert served == [True]
@@ -120,14 +121,14 @@ def test_a_waiter_that_joins_in_the_middle_of_a_checkin(make_pool: MakePool) -> 
 def test_a_checkin_in_the_middle_of_joining(make_pool: MakePool) -> None:
     """After the newcomer has seen no connection, before it can be seen in line."""
     pool = make_pool(1, timeout=0.0)
-    held = pool.connect()
+    held = by_another(pool.connect)
     admission = pool._admission
 
     def join(waiter: Any, *rest: Any) -> Any:
         held.close()
         return admission.join(waiter, *rest)
 
-    pool._admission = _Patched(admission, "join", join)  # type: ignore[assignment]
+    pool._slots.admission = _Patched(admission, "join", join)  # type: ignore[assignment]
     pool.connect().close()
     assert pool.stats().waited == 1
 
@@ -290,7 +291,7 @@ def test_an_idle_connection_that_another_thread_takes_first(
 ) -> None:
     """Taking one needs no lock, so what was there a moment ago may be gone."""
     pool = make_pool(2, timeout=0.0)
-    take = pool._next
+    take = pool._next_idle
     losses = [IndexError, IndexError]
 
     def too_late() -> Any:
@@ -298,7 +299,7 @@ def test_an_idle_connection_that_another_thread_takes_first(
             raise losses.pop()
         return take()
 
-    pool._next = too_late
+    pool._next_idle = pool._slots.next_idle = too_late
     pool.connect().close()
     assert losses == []
     assert_whole(pool, database, 2)
@@ -326,7 +327,7 @@ def test_refusing_somebody_holds_up_nobody(make_pool: MakePool, database: FakeDa
             time.sleep(0)
         # In the middle of being refused; a return that needs the pool's lock goes through.
         held.invalidate()
-        returned = threading.Thread(target=pool._rebalance)
+        returned = threading.Thread(target=pool._slots.rebalance)
         returned.start()
         returned.join(10)
         assert not returned.is_alive()
@@ -364,7 +365,7 @@ def test_a_collection_inside_the_pool_may_return_a_connection(
         gc.disable()
         admission = pool._admission
         patched = _Patched(admission, method, collect_first)
-        pool._admission = patched  # type: ignore[assignment]
+        pool._slots.admission = patched  # type: ignore[assignment]
         try:
             held.pop().invalidate()
             try:
@@ -373,7 +374,7 @@ def test_a_collection_inside_the_pool_may_return_a_connection(
                 held[0].close()
                 pool.connect().close()
         finally:
-            pool._admission = admission
+            pool._slots.admission = admission
             gc.enable()
             held.clear()
             gc.collect()

@@ -344,6 +344,29 @@ def test_the_requests_record_is_in_the_scope_and_in_server_timing(engine_in: Eng
     assert header(call(ResilienceMiddleware(app, engine=engine_in())), "server-timing") is None
 
 
+@pytest.mark.parametrize(
+    ("scope", "route"),
+    [
+        (http_scope("GET", "/orders/7"), "GET /orders/7"),
+        ({**http_scope("POST", "/login"), "query_string": b"password=x"}, "POST /login"),
+        ({**http_scope(path="/api/orders"), "root_path": "/api"}, "GET /orders"),
+        (http_scope(path="/caf\u00e9/a b\r\nFORGED"), "GET /caf%C3%A9/a%20b%0D%0AFORGED"),
+        (http_scope(path="/" + 900 * "x"), "GET /" + 199 * "x"),
+        ({"type": "websocket", "path": "/feed", "headers": []}, "WEBSOCKET /feed"),
+    ],
+)
+def test_the_record_says_what_was_asked_for(engine_in: EngineIn, scope: Scope, route: str) -> None:
+    seen: list[str | None] = []
+
+    async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        record = current_record()
+        assert record is not None
+        seen.append(record.route)
+
+    asyncio.run(call_async(ResilienceMiddleware(app, engine=engine_in()), scope))
+    assert seen == [route]
+
+
 def test_concurrent_requests_do_not_see_each_other(engine_in: EngineIn) -> None:
     seen: dict[str, set[object]] = {"a": set(), "b": set()}
     both_in = asyncio.Barrier(2)

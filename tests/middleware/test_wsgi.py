@@ -229,6 +229,37 @@ def test_close_is_called_once_in_the_requests_context(engine_in: EngineIn) -> No
     assert record is not None
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "route"),
+    [
+        ("GET", "/orders/7", "GET /orders/7"),
+        ("POST", "/caf\u00e9/a b\r\nFORGED".encode().decode("latin-1"), "POST /caf%C3%A9/a%20b%0D%0AFORGED"),
+        ("GET", "/\u00ff", "GET /%EF%BF%BD"),
+    ],
+)
+def test_the_record_says_what_was_asked_for(engine_in: EngineIn, method: str, path: str, route: str) -> None:
+    seen: list[str | None] = []
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        seen.append(environ["resilientdb.record"].route)
+        start_response(OK, list(PLAIN))
+        return []
+
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": "password=x"}
+    list(ResilienceMiddleware(app, engine=engine_in())(environ, lambda *_: lambda _data: None))
+    assert seen == [route]
+
+
+def test_an_exempt_path_is_compared_as_text(engine_in: EngineIn) -> None:
+    app = Seen()
+    wrapped = ResilienceMiddleware(
+        app, engine=engine_in("down"), reject_when_down=True, exempt=["/caf\u00e9"]
+    )
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/caf\u00e9".encode().decode("latin-1")}
+    list(wrapped(environ, lambda *_: lambda _data: None))
+    assert app.calls == 1
+
+
 def test_close_is_called_when_the_client_goes_away(engine_in: EngineIn) -> None:
     response = Closing([b"x"])
     wrapped: Any = ResilienceMiddleware(lambda _environ, _start: response, engine=engine_in())(

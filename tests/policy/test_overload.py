@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given
@@ -112,6 +113,82 @@ def test_sending_away_prolongs_it_by_an_interval_at_most_and_never_begins_it(
             assert overload.now == (was and now - last < INTERVAL)
 
 
+# -- a line that stands -------------------------------------------------------------------------------------------
+
+
+def test_a_line_in_which_nobody_is_served_gets_its_verdict_all_the_same() -> None:
+    overload = make()
+    for now in (0, TARGET, TARGET + 1, TARGET + INTERVAL - 1):
+        overload.stands(now, now)
+        assert not overload.now
+    overload.stands(TARGET + INTERVAL, TARGET + INTERVAL)
+    assert overload.now
+
+
+@pytest.mark.parametrize("looks", [[1050], [1049, 1050], [51, 1050], [50, 500, 900, 1050]])
+def test_it_does_not_matter_how_often_one_looks(looks: list[int]) -> None:
+    overload = make()
+    for now in looks:
+        overload.stands(now, now)
+        assert overload.now == (now == looks[-1])
+
+
+def test_a_short_wait_proves_nothing_while_nobody_is_served() -> None:
+    overload, now = overloaded()
+    overload.stands(0, now + 5 * INTERVAL)
+    assert overload.now
+    begun = make()
+    begun.observe(60, 0)
+    begun.stands(0, INTERVAL - 1)
+    begun.observe(60, INTERVAL)
+    assert begun.now
+
+
+def test_there_is_no_verdict_where_none_is_wanted() -> None:
+    overload = Overload(TARGET, math.inf)
+    for now in range(0, 100 * INTERVAL, INTERVAL):
+        overload.stands(now, now)
+        overload.observe(now, now)
+    assert not overload.now
+    assert not overload.is_too_old(now)
+    assert overload.next_look(now, now) == math.inf
+
+
+def test_too_old_is_who_waited_more_than_twice_the_target_under_overload() -> None:
+    overload, _ = overloaded()
+    assert [overload.is_too_old(waited) for waited in (2 * TARGET, 2 * TARGET + 1)] == [False, True]
+    assert not make().is_too_old(100 * TARGET)
+
+
+def test_when_a_line_that_stands_shows_something_new() -> None:
+    overload = make()
+    assert overload.next_look(10, 10) == TARGET - 10
+    overload.stands(80, 80)
+    assert overload.next_look(80, 80) == TARGET + INTERVAL - 80
+    overload.stands(2000, 2000)
+    assert overload.now
+    assert overload.next_look(30, 2000) == 2 * TARGET - 30
+    assert overload.next_look(2000, 2000) == 2 * TARGET, "only somebody who has yet to come can be too old"
+
+
+@given(OBSERVATIONS, st.integers(0, 100))
+def test_looking_in_between_makes_no_verdict_milder_and_outlives_no_short_wait(
+    observations: list[tuple[int, int]], share: int
+) -> None:
+    """Between two that are served, a line is seen as the next one served will find it, only earlier."""
+    watched, bare = make(), make()
+    now = 0
+    for step, wait in observations:
+        look = min(step, wait) * share // 100  # before the next is served, the same one is the oldest
+        watched.stands(wait - look, now + step - look)
+        now += step
+        watched.observe(wait, now)
+        bare.observe(wait, now)
+        assert watched.now >= bare.now
+        if wait <= TARGET:
+            assert watched.now == bare.now
+
+
 # -- how fast a line moves ----------------------------------------------------------------------------------------
 
 
@@ -160,6 +237,17 @@ def test_a_pause_in_which_nobody_waited_does_not_count() -> None:
     assert drain.wait(10, now + 3600.02) == pytest.approx(0.2)
 
 
+def test_a_pause_because_all_gave_up_makes_no_new_line() -> None:
+    drain, now = moving(0.02)
+    assert drain.wait(1, now + 3) == pytest.approx(1.5)
+    drain.begins(now + 4, left_at=now + 3)
+    assert drain.wait(1, now + 4) == pytest.approx(1.5), "the second in which nobody waited does not count"
+    assert drain.wait(1, now + 5) == pytest.approx(2.0)
+    drain.drained()
+    drain.begins(now + 6, left_at=now + 5)
+    assert drain.wait(1, now + 6) == pytest.approx(0.02)
+
+
 def test_it_follows_a_server_that_becomes_slower_and_faster_again() -> None:
     drain, now = moving(0.004)
     for gap, times in ((0.4, 30), (0.004, 60)):
@@ -184,15 +272,21 @@ def test_the_estimate_lies_among_what_was_seen(gaps: list[float], place: int) ->
     assert many == pytest.approx(place * one)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["begins", "served", "drained"]), st.floats(-1, 5)), max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["begins", "goes on", "served", "drained"]), st.floats(-1, 5)), max_size=40
+    )
+)
 def test_never_negative_even_if_threads_look_at_the_clock_in_another_order(
     steps: list[tuple[str, float]],
 ) -> None:
     drain, now = DrainRate(), 0.0
     for what, step in steps:
-        now += step
+        before, now = now, now + step
         if what == "drained":
             drain.drained()
+        elif what == "goes on":
+            drain.begins(now, left_at=before)
         else:
             getattr(drain, what)(now)
         wait = drain.wait(3, now)

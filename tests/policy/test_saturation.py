@@ -16,22 +16,27 @@ NOTHING = "nothing yet"
 
 TARGET = 0.05
 INTERVAL = 0.2
-SHARES = {Lane.CRITICAL_PLUS: 1.0, Lane.CRITICAL: 1.0, Lane.SHEDDABLE_PLUS: 0.5, Lane.SHEDDABLE: 0.25}
-
-
+SHARES = {
+    Lane.CRITICAL_PLUS: 1.0,
+    Lane.CRITICAL: 1.0,
+    Lane.SHEDDABLE_PLUS: 0.5,
+    Lane.SHEDDABLE: 0.25,
+}
+LANES = st.sampled_from(tuple(SHARES))
 SECONDS = st.sampled_from([0.01, 0.04, 0.06, 0.11, 0.25])
 REMAINING = st.sampled_from([None, 0.02, 0.2, 1.0])
 
 
 class Waiter:
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, holds: int = 0) -> None:
         self.number = number
+        self.holds = holds
         self.lane = Lane.CRITICAL
         self.since = 0.0
         self.remaining: float | None = None
 
     def __repr__(self) -> str:
-        return f"<{self.number} {self.lane.name}>"
+        return f"<{self.number} {self.lane.name} holds {self.holds}>"
 
 
 class Pool(RuleBasedStateMachine):
@@ -43,20 +48,21 @@ class Pool(RuleBasedStateMachine):
         self.admission: Admission[Waiter] = Admission(limit=1, max_waiting=None)
         self.numbers = itertools.count()
         self.idle = 0
-        self.holding: dict[Waiter, str] = {}
+        self.callers: list[Waiter] = []
+        """Who holds a slot, or waits for one, or did once."""
         self.lines: dict[Lane, list[Waiter]] = {lane: [] for lane in Lane}
         """In the order in which they came."""
-        self.out: set[Waiter] = set()
-        """Who has been sent away, or has left."""
+        self.overloaded = dict.fromkeys(Lane, False)
         self.long_since: dict[Lane, float] = {}
-        """Since when every service has seen somebody in that lane wait longer than the target."""
+        """Since when whoever looked has seen somebody in that lane wait longer than the target."""
         self.sent_away_at = dict.fromkeys(Lane, -1.0)
+        self.left_at: float | None = None
+        """When somebody last left, unless somebody was served since."""
         self.allowed: float = 0
         """The most slots there may be: the limit, or what there was when it was lowered."""
-        self.was_raised = False
 
     @initialize(
-        limit=st.sampled_from([1, 1, 2, 3, None]), max_waiting=st.sampled_from([4, 6, 8, 12, None, 0])
+        limit=st.sampled_from([1, 2, 2, 3, None]), max_waiting=st.sampled_from([4, 6, 8, 12, None, 0])
     )
     def make(self, limit: int | None, max_waiting: int | None) -> None:
         self.admission = Admission(limit=limit, max_waiting=max_waiting, target=TARGET, interval=INTERVAL)
@@ -65,10 +71,17 @@ class Pool(RuleBasedStateMachine):
     def waiting(self) -> list[Waiter]:
         return [waiter for line in self.lines.values() for waiter in line]
 
+    @property
+    def at_work(self) -> list[Waiter]:
+        """Who holds a slot and will give it back."""
+        return [caller for caller in self.callers if caller.holds and caller not in self.waiting]
+
     def take_out(self, waiter: Waiter) -> None:
-        assert waiter not in self.out, "only once"
         self.lines[waiter.lane].remove(waiter)  # ValueError: was not in line
-        self.out.add(waiter)
+
+    def drained(self, lane: Lane) -> None:
+        self.long_since.pop(lane, None)
+        self.overloaded[lane] = False
 
     @rule(seconds=SECONDS)
     def time_passes(self, seconds: float) -> None:
@@ -76,34 +89,55 @@ class Pool(RuleBasedStateMachine):
 
     # -- coming ------------------------------------------------------------------------------------------------
 
-    @rule(lanes=st.lists(st.sampled_from(Lane), min_size=1, max_size=8), remaining=REMAINING)
+    @rule(lanes=st.lists(LANES, min_size=1, max_size=8), remaining=REMAINING)
     def arrive(self, lanes: list[Lane], remaining: float | None) -> None:
         for lane in lanes:
             caller = Waiter(next(self.numbers))
-            limit, total = self.admission.limit, self.admission.total
-            if self.idle:
-                self.idle -= 1
-                self.holding[caller] = CONNECTION
-            elif self.admission.try_take():
-                assert limit is None or total < limit
-                self.holding[caller] = NOTHING
-            else:
-                self.join(caller, lane, remaining)
+            self.callers.append(caller)
+            self.ask(caller, lane, remaining)
 
-    def join(self, caller: Waiter, lane: Lane, remaining: float | None) -> None:
-        waiting = self.waiting
-        if not self.lines[lane]:
-            self.long_since.pop(lane, None)
+    @precondition(lambda self: self.at_work)
+    @rule(data=st.data(), lane=LANES, remaining=REMAINING, count=st.integers(1, 3))
+    def ask_for_more(self, data: st.DataObject, lane: Lane, remaining: float | None, count: int) -> None:
+        for caller in data.draw(st.permutations(self.at_work))[:count]:
+            self.ask(caller, lane, remaining)
+
+    def ask(self, caller: Waiter, lane: Lane, remaining: float | None) -> None:
+        limit, total = self.admission.limit, self.admission.total
+        if self.idle:
+            self.idle -= 1
+            caller.holds += 1
+        elif self.admission.try_take():
+            assert limit is None or total < limit
+            caller.holds += 1
+        else:
+            assert limit is not None
+            assert total >= limit
+            self.join(caller, lane, remaining)
+
+    def join(self, caller: Waiter, named: Lane, remaining: float | None) -> None:
+        lane = Lane.HOLDING if caller.holds else named
         most = self.admission.max_waiting
-        share_is_taken = most is not None and len(waiting) >= round(most * SHARES[lane])
-        overloaded = self.admission.overloaded()[lane]
-        expected = self.admission.expected_wait(lane, self.now) if waiting else None
+        others = [waiter for waiter in self.waiting if waiter.lane is not Lane.HOLDING]
+        if most is None:
+            share_is_taken = False
+        elif lane is Lane.HOLDING:
+            share_is_taken = most == 0
+        else:
+            share_is_taken = len(others) >= round(most * SHARES[lane])
+        if not self.lines[lane] and (self.left_at is None or self.now - self.left_at > INTERVAL):
+            self.drained(lane)
+        expected = self.admission.expected_wait(lane, self.now) if self.waiting else None
         less_critical = [line for line in list(self.lines.values())[lane + 1 :] if line]
-        answer = self.admission.join(caller, lane, self.now, remaining)
+        answer = self.admission.join(caller, named, self.now, remaining)
         if answer is Refusal.FULL:
             assert share_is_taken
             assert not less_critical
-            assert not (overloaded and self.lines[lane])
+            assert not (self.overloaded[lane] and self.lines[lane])
+            return
+        nobody_else_works = not [other for other in self.at_work if other is not caller]
+        assert (answer is Refusal.DEADLOCK) is (caller.holds > 0 and nobody_else_works)
+        if answer is Refusal.DEADLOCK:
             return
         if answer is Refusal.HOPELESS:
             assert expected is not None, "the first in line is never refused so"
@@ -117,10 +151,12 @@ class Pool(RuleBasedStateMachine):
             if less_critical:
                 assert answer is less_critical[-1][0], "the least critical who has waited longest"
             else:
-                assert overloaded
+                assert self.overloaded[lane]
                 assert answer is self.lines[lane][0]
+            assert not answer.holds
             self.take_out(answer)
             self.sent_away_at[answer.lane] = self.now
+        assert caller.lane is lane
         self.lines[lane].append(caller)
 
     # -- leaving -----------------------------------------------------------------------------------------------
@@ -128,14 +164,23 @@ class Pool(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        gone = data.draw(st.sampled_from(self.waiting))
-        self.take_out(gone)
-        assert self.admission.leave(gone)
+        self.leave_line(data.draw(st.sampled_from(self.waiting)))
 
-    @precondition(lambda self: self.holding or self.out)
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def all_give_up(self) -> None:
+        for gone in self.waiting:
+            self.leave_line(gone)
+
+    def leave_line(self, gone: Waiter) -> None:
+        self.take_out(gone)
+        assert self.admission.leave(gone, self.now)
+        self.left_at = self.now
+
+    @precondition(lambda self: len(self.callers) > len(self.waiting))
     @rule(data=st.data())
     def leave_too_late(self, data: st.DataObject) -> None:
-        gone = sorted([*self.holding, *self.out], key=lambda waiter: waiter.number)
+        gone = [caller for caller in self.callers if caller not in self.waiting]
         assert not self.admission.leave(data.draw(st.sampled_from(gone)))
 
     @rule()
@@ -143,16 +188,33 @@ class Pool(RuleBasedStateMachine):
         assert self.admission.dismiss() == self.waiting
         for gone in self.waiting:
             self.take_out(gone)
+        self.left_at = None
 
-    # -- a slot comes free -------------------------------------------------------------------------------------
+    # -- a slot comes free, or none does -----------------------------------------------------------------------
 
-    def shed(self) -> None:
-        """As a pool does before it serves."""
-        before, overloaded = self.waiting, self.admission.overloaded()
-        for gone in self.admission.overdue(self.now):
+    def hand_on(self, *, lost: bool) -> None:
+        """A slot comes back; ``lost``: without its connection."""
+        somebody_waits = bool(self.waiting)
+        total, limit = self.admission.total, self.admission.limit
+        shed, served = self.admission.serve(self.now, lost=lost)
+        self.check_shed(shed)
+        if served is not None:
+            self.check_served(served)
+            self.left_at = None
+        elif lost:
+            assert self.admission.total == total - 1
+            assert not somebody_waits or (limit is not None and total > limit), "else it is handed on"
+        else:
+            assert not somebody_waits
+            self.idle += 1
+            self.left_at = None
+
+    def check_shed(self, shed: list[Waiter]) -> None:
+        before = self.waiting
+        for gone in shed:
             assert gone is self.lines[gone.lane][0], "who has waited longest goes first"
             waited = self.now - gone.since
-            too_old = overloaded[gone.lane] and waited > 2 * TARGET
+            too_old = self.overloaded[gone.lane] and waited > 2 * TARGET
             too_late = gone.remaining is not None and waited > gone.remaining / 2
             assert too_old or too_late
             self.take_out(gone)
@@ -161,84 +223,74 @@ class Pool(RuleBasedStateMachine):
         left = self.waiting
         assert left or not before, "the last in line is never shed"
         for waiter in left:
-            if overloaded[waiter.lane] and self.now - waiter.since > 2 * TARGET:
+            if self.overloaded[waiter.lane] and self.now - waiter.since > 2 * TARGET:
                 assert self.lines[waiter.lane] == [waiter], "the newest"
                 assert waiter is left[0] or len(left) == 1, "of the most critical"
 
-    def serve(self, waiter: Waiter | None, before: tuple[bool, ...], what: str) -> bool:
-        """Check who was served, and hand it over. ``before``: the verdicts then."""
-        if waiter is None:
-            if not self.waiting:
-                self.long_since.clear()
-            return False
-        after = self.admission.overloaded()
+    def check_served(self, served: Waiter) -> None:
         for lane, line in self.lines.items():
             if line:
-                self.check_verdict(lane, self.now - line[0].since, before[lane])
-            else:
-                self.long_since.pop(lane, None)
-                assert not after[lane]
-        line = next(filter(None, self.lines.values()))
-        assert waiter is line[-1 if after[waiter.lane] else 0], "newest first, under overload only"
-        line.remove(waiter)
-        self.holding[waiter] = what
-        return True
+                self.observe(lane, self.now - line[0].since)
+        lane, line = next((lane, line) for lane, line in self.lines.items() if line)
+        assert served is line[-1 if self.overloaded[lane] else 0], "newest first, under overload only"
+        self.take_out(served)
+        served.holds += 1
 
-    def check_verdict(self, lane: Lane, oldest_wait: float, before: bool) -> None:
-        after = self.admission.overloaded()[lane]
+    def observe(self, lane: Lane, oldest_wait: float) -> None:
+        if lane is Lane.HOLDING:
+            return
         if oldest_wait > TARGET:
             since = self.long_since.setdefault(lane, self.now)
-            assert after is (before or self.now - since >= INTERVAL)
-        elif before and self.now - self.sent_away_at[lane] < INTERVAL:
-            assert after, "short only because somebody was sent away"
-        else:
-            self.long_since.pop(lane, None)
-            assert not after
+            self.overloaded[lane] |= self.now - since >= INTERVAL
+        elif not self.overloaded[lane] or self.now - self.sent_away_at[lane] >= INTERVAL:
+            self.drained(lane)  # else it is short only because somebody was sent away
 
-    @precondition(lambda self: self.holding)
-    @rule(data=st.data(), count=st.integers(1, 6), pause=SECONDS, lost=st.booleans(), shed=st.booleans())
-    def finish(self, data: st.DataObject, count: int, pause: float, lost: bool, shed: bool) -> None:
-        for holder in data.draw(st.permutations(list(self.holding)))[:count]:
+    @precondition(lambda self: self.at_work)
+    @rule(data=st.data(), count=st.integers(1, 6), pause=SECONDS, lost=st.booleans())
+    def finish(self, data: st.DataObject, count: int, pause: float, lost: bool) -> None:
+        for caller in data.draw(st.permutations(self.at_work))[:count]:
             self.now += pause
-            del self.holding[holder]
-            if shed:
-                self.shed()
-            if lost:
-                self.lose()
-            else:
-                self.give_back()
+            while caller.holds:
+                caller.holds -= 1
+                self.hand_on(lost=lost)
 
-    def give_back(self) -> None:
-        before = self.admission.overloaded()
-        if not self.serve(self.admission.next_in_line(self.now), before, CONNECTION):
-            assert not self.waiting
-            assert not any(self.admission.overloaded())
-            self.idle += 1
-
-    def lose(self) -> None:
-        """The connection is lost, or was never made."""
-        over = self.admission.limit is not None and self.admission.total > self.admission.limit
-        somebody_waits, before = bool(self.waiting), self.admission.overloaded()
-        served = self.serve(self.admission.vacate(self.now), before, NOTHING)
-        assert served is (somebody_waits and not over)
+    @precondition(lambda self: self.at_work)
+    @rule(data=st.data(), lost=st.booleans())
+    def give_back_one(self, data: st.DataObject, lost: bool) -> None:
+        data.draw(st.sampled_from(self.at_work)).holds -= 1
+        self.hand_on(lost=lost)
 
     @precondition(lambda self: self.idle)
     @rule()
     def close_idle(self) -> None:
         self.idle -= 1
-        before = self.admission.overloaded()
-        self.serve(self.admission.vacate(self.now), before, NOTHING)
+        self.hand_on(lost=True)
 
     @rule(limit=st.integers(1, 4))
     def change_limit(self, limit: int) -> None:
-        before, self.admission.limit = self.admission.limit, limit
-        self.was_raised |= before is not None and limit > before
+        self.admission.limit = limit
+        while self.admission.waiting and self.admission.try_take():
+            self.hand_on(lost=True)
+
+    @rule()
+    def nothing_comes(self) -> None:
+        soon, before = self.admission.next_stall(self.now), dict(self.overloaded)
+        shed = self.admission.stalled(self.now)
+        for lane, line in self.lines.items():
+            if line and lane is not Lane.HOLDING and self.now - line[0].since > TARGET:
+                longer = self.now - line[0].since - TARGET
+                since = self.long_since.setdefault(lane, self.now - longer)
+                self.overloaded[lane] |= self.now - since >= INTERVAL
+        self.check_shed(shed)
+        if shed or self.overloaded != before:
+            assert soon == TARGET / 2, "it was said to be worth it"
+        assert self.admission.stalled(self.now) == [], "once is enough"
 
     # -- always ------------------------------------------------------------------------------------------------
 
     @invariant()
     def no_slot_is_lost_or_invented(self) -> None:
-        assert self.admission.total == self.idle + len(self.holding)
+        assert self.admission.total == self.idle + sum(caller.holds for caller in self.callers)
 
     @invariant()
     def never_more_than_allowed(self) -> None:
@@ -253,13 +305,28 @@ class Pool(RuleBasedStateMachine):
         assert self.admission.depths() == tuple(len(line) for line in self.lines.values())
         assert self.admission.waiting == len(self.waiting)
         if self.admission.max_waiting is not None:
-            assert len(self.waiting) <= self.admission.max_waiting
+            assert len(self.waiting) - len(self.lines[Lane.HOLDING]) <= self.admission.max_waiting
+        assert all((waiter.holds > 0) is (waiter.lane is Lane.HOLDING) for waiter in self.waiting)
+
+    @invariant()
+    def the_verdicts_are_those_on_lines_in_which_somebody_waits(self) -> None:
+        expected = tuple(self.overloaded[lane] and bool(line) for lane, line in self.lines.items())
+        assert self.admission.overloaded() == expected
 
     @invariant()
     def nobody_waits_for_nothing(self) -> None:
         if self.waiting:
             assert self.idle == 0
-            assert self.was_raised or self.holding, "somebody will give back"
+            assert self.at_work, "somebody will give back"
+
+    @invariant()
+    def whoever_watches_is_told_when_to_look(self) -> None:
+        soon = self.admission.next_stall(self.now)
+        if not any(self.lines[lane] for lane in SHARES):
+            assert soon is None or self.lines[Lane.HOLDING]
+        else:
+            assert soon is not None
+            assert TARGET / 2 <= soon <= max(INTERVAL, 2 * TARGET) + 1e-9
 
 
 TestPool = Pool.TestCase
@@ -286,9 +353,17 @@ def overloaded(max_waiting: int | None = 4) -> tuple[Admission[Waiter], Waiter, 
     first, oldest, newest = (Waiter(number) for number in range(3))
     for waiter in (first, oldest, newest):
         admission.join(waiter, Lane.CRITICAL, 0.0)
-    assert [admission.next_in_line(now) for now in (1.0, 2.0)] == [first, newest]
+    assert [admission.serve(now) for now in (1.0, 2.0)] == [([], first), ([], newest)]
     assert admission.overloaded()[Lane.CRITICAL]
     return admission, oldest, 2.0
+
+
+def serve_all(admission: Admission[Waiter], now: float, every: float) -> float:
+    """Empty the lines, one service every so many seconds; returns the time of the last."""
+    while admission.waiting:
+        now += every
+        admission.serve(now)
+    return now
 
 
 def test_zero_places_to_wait() -> None:
@@ -297,7 +372,15 @@ def test_zero_places_to_wait() -> None:
     assert admission.waited == 0
 
 
-@pytest.mark.parametrize("lane", Lane)
+def test_the_shares_may_be_others() -> None:
+    admission: Admission[Waiter] = Admission(limit=0, max_waiting=10, shares=(1.0, 0.1))
+    assert [admission.join(Waiter(number), Lane.SHEDDABLE) for number in range(2)] == [None, Refusal.FULL]
+    joined = [admission.join(Waiter(number), Lane.SHEDDABLE_PLUS) for number in range(11)]
+    assert joined.count(None) == 9, "of ten, one of them in the place of the sheddable one"
+    assert joined[-1] is Refusal.FULL
+
+
+@pytest.mark.parametrize("lane", SHARES)
 def test_each_criticality_has_its_share_of_the_places(lane: Lane) -> None:
     admission = make(max_waiting=40)
     answers = [admission.join(Waiter(number), lane) for number in range(50)]
@@ -325,15 +408,15 @@ def test_a_hopeless_caller_displaces_nobody() -> None:
     for number in range(2):
         admission.join(Waiter(number), Lane.CRITICAL, 0.0)
     for now in (1.0, 2.0):
-        admission.next_in_line(now)  # one place a second
+        admission.serve(now)  # one place a second
     admission.join(Waiter(2), Lane.SHEDDABLE, 2.0)
     for number in range(4):
         admission.join(Waiter(number), Lane.CRITICAL, 2.0)
-    assert admission.depths() == (0, 4, 0, 1)
+    assert admission.depths() == (0, 0, 4, 0, 1)
     assert admission.join(Waiter(5), Lane.CRITICAL, 2.0, 4.0) is Refusal.HOPELESS
-    assert admission.depths() == (0, 4, 0, 1)
+    assert admission.depths() == (0, 0, 4, 0, 1)
     assert isinstance(admission.join(Waiter(6), Lane.CRITICAL, 2.0, 20.0), Waiter)
-    assert admission.depths() == (0, 5, 0, 0)
+    assert admission.depths() == (0, 0, 5, 0, 0)
 
 
 def test_after_a_standstill_the_first_to_come_is_let_in_and_shows_that_it_is_over() -> None:
@@ -341,17 +424,13 @@ def test_after_a_standstill_the_first_to_come_is_let_in_and_shows_that_it_is_ove
     admission, now = make(max_waiting=None), 0.0
     for number in range(5):
         admission.join(Waiter(number), Lane.CRITICAL, now)
-    for _ in range(5):
-        now += 60.0
-        admission.next_in_line(now)
+    now = serve_all(admission, now, every=60.0)
     accepted = []
     for number in range(200):
         first, second = Waiter(number), Waiter(number)
         assert admission.join(first, Lane.CRITICAL, now, 1.0) is None
         accepted.append(admission.join(second, Lane.CRITICAL, now, 1.0) is None)
-        while admission.waiting:
-            now += 0.004
-            admission.next_in_line(now)
+        now = serve_all(admission, now, every=0.004)
     assert not accepted[0]
     assert all(accepted[100:])
 
@@ -362,7 +441,7 @@ def test_who_comes_to_an_idle_pool_is_not_told_to_wait_as_long_as_it_was_idle() 
         admission.join(Waiter(number), Lane.CRITICAL, now)
     for _ in range(2):
         now += 0.01
-        admission.next_in_line(now)
+        admission.serve(now)
     assert admission.expected_wait(Lane.SHEDDABLE, now + 3600) == pytest.approx(0.01)
 
 
@@ -370,19 +449,17 @@ def test_under_overload_the_newest_is_served_and_the_oldest_makes_room() -> None
     admission, oldest, now = overloaded(max_waiting=4)
     newcomers = [Waiter(number) for number in range(10, 14)]
     assert [admission.join(waiter, Lane.CRITICAL, now) for waiter in newcomers] == [None, None, None, oldest]
-    assert admission.next_in_line(now) is newcomers[-1]
+    assert admission.serve(now) == ([], newcomers[-1])
 
 
 def test_shedding_leaves_the_newest_of_the_most_critical() -> None:
     admission, oldest, now = overloaded(max_waiting=None)
-    stays = Waiter(4)
-    admission.join(stays, Lane.CRITICAL, now)
-    assert admission.overdue(now + 1.0) == [oldest]
-    assert admission.overdue(now + 2.0) == []
-    sheddable = Waiter(5)
-    admission.join(sheddable, Lane.SHEDDABLE, now + 2.0)
-    assert admission.overdue(now + 2.0) == []
-    assert admission.next_in_line(now + 2.0) is stays
+    middle, newest, sheddable = (Waiter(number) for number in range(4, 7))
+    admission.join(middle, Lane.CRITICAL, now)
+    admission.join(newest, Lane.CRITICAL, now)
+    admission.join(sheddable, Lane.SHEDDABLE, now + 1.0)
+    assert admission.serve(now + 1.0) == ([oldest, middle], newest)
+    assert admission.serve(now + 9.0) == ([], sheddable)
 
 
 def test_where_all_have_too_little_time_left_the_most_critical_stays() -> None:
@@ -390,18 +467,18 @@ def test_where_all_have_too_little_time_left_the_most_critical_stays() -> None:
     plus, sheddable = Waiter(0), Waiter(1)
     admission.join(plus, Lane.CRITICAL_PLUS, 0.0, 1.0)
     admission.join(sheddable, Lane.SHEDDABLE, 0.0, 1.0)
-    assert admission.overdue(2.0) == [sheddable]
-    assert admission.next_in_line(2.0) is plus
+    assert admission.serve(2.0) == ([sheddable], plus)
 
 
 def test_the_less_critical_are_no_reason_to_shed_the_more_critical() -> None:
-    admission, _, now = overloaded(max_waiting=None)
-    first, second = Waiter(4), Waiter(5)
+    admission, oldest, now = overloaded(max_waiting=None)
+    first, second, later = Waiter(4), Waiter(5), Waiter(6)
     for waiter in (first, second):
         admission.join(waiter, Lane.CRITICAL_PLUS, now)
-    assert first not in admission.overdue(now + 1.0)
-    assert admission.overloaded() == (False, True, False, False)
-    assert admission.next_in_line(now + 1.0) is first
+    admission.join(later, Lane.CRITICAL, now + 1.0)
+    assert admission.serve(now + 1.0) == ([oldest], first)
+    assert admission.overloaded() == (False, False, True, False, False)
+    assert admission.serve(now + 1.0) == ([], second)
 
 
 def test_who_cannot_be_served_in_time_is_refused_on_arrival() -> None:
@@ -409,7 +486,7 @@ def test_who_cannot_be_served_in_time_is_refused_on_arrival() -> None:
     for number in range(10):
         admission.join(Waiter(number), Lane.CRITICAL, 0.0)
     for now in (0.1, 0.2):
-        admission.next_in_line(now)
+        admission.serve(now)
     assert admission.join(Waiter(10), Lane.CRITICAL, 0.2, 0.7) is Refusal.HOPELESS
     assert admission.join(Waiter(11), Lane.CRITICAL, 0.2, 10.0) is None
     assert admission.join(Waiter(12), Lane.CRITICAL_PLUS, 0.2, 0.7) is None, "ahead of all"
@@ -419,9 +496,8 @@ def test_overload_is_not_over_because_the_line_was_cut_short() -> None:
     admission, oldest, now = overloaded(max_waiting=None)
     for number in range(2):
         admission.join(Waiter(number), Lane.CRITICAL, now)
-    assert admission.overdue(now) == [oldest]
-    admission.next_in_line(now)
+    assert admission.serve(now)[0] == [oldest]
     assert admission.overloaded()[Lane.CRITICAL]
-    admission.next_in_line(now)
-    assert admission.next_in_line(now) is None
+    admission.serve(now)
+    assert admission.serve(now) == ([], None)
     assert not any(admission.overloaded()), "nobody waits any more"

@@ -279,3 +279,21 @@ def test_a_record_a_request() -> None:
             assert inner is not outer
         assert (outer.waits, outer.wait_time) == (0, 0.0)
     assert current_record() is None
+
+
+def test_a_record_says_what_it_is_of() -> None:
+    routes: list[str | None] = []
+
+    @recording("nightly clean-up")
+    def job() -> None:
+        record = current_record()
+        assert record is not None
+        routes.append(record.route)
+        record.route = "said later"
+
+    job()
+    job()
+    assert routes == ["nightly clean-up"] * 2
+    with recording() as record:
+        assert record is not None
+        assert record.route is None

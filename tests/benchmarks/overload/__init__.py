@@ -6,6 +6,7 @@ holds the pool and serves requests as a threaded or an asyncio server does; and 
 the scheduled time of each request into the service's standard input. Latency counts from the scheduled arrival,
 on the one monotonic clock of the machine.
 
-``harness`` runs it all and makes the report; ``service`` and ``arrivals`` are the other two processes, started
-with ``python -m``; ``clients`` are the systems compared; ``verdict`` turns a history into figures.
+``sustained``, ``brownout`` and ``mixed`` are the loads, each with its report; ``harness`` runs one system under one
+load; ``service`` and ``arrivals`` are the other two processes, started with ``python -m``; ``clients`` are the
+systems compared; ``verdict`` turns a history into figures.
 """

@@ -1,9 +1,9 @@
 """The visitors: writes the scheduled time of each request, when it is due, to standard output.
 
 A process of its own, so that a service at its limits cannot slow its own load down. Imports nothing but the
-standard library. Arguments, as JSON: ``rate`` and ``load_time``, then ``tail_rate`` and ``tail_time``, ``seed``.
-The output is native doubles: first the moment the load begins, then each arrival. At its end, or when nobody
-reads any more, it tells on standard error how late its own writing was.
+standard library. Arguments, as JSON: ``phases``, each its length in seconds and the rate of each kind of request,
+and ``seed``. The output is ``ARRIVAL`` records: first the moment the first phase begins, then each arrival and
+its kind. At its end, or when nobody reads any more, it tells on standard error how late its own writing was.
 """
 
 from __future__ import annotations
@@ -14,38 +14,39 @@ import random
 import struct
 import sys
 import time
+from typing import TYPE_CHECKING
 
-__all__ = ["DOUBLE", "main"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-DOUBLE = struct.Struct("d")
+__all__ = ["ARRIVAL", "main", "schedule"]
+
+ARRIVAL = struct.Struct("=dB")
+"""When, on the monotonic clock, and which kind of request."""
 _HEAD_START = 0.1
 _STDOUT = 1
 
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    rng = random.Random(options["seed"])
     begin = time.monotonic() + _HEAD_START
-    end_of_load = begin + options["load_time"]
-    schedule = [
-        *_poisson(rng, options["rate"], begin, end_of_load),
-        *_poisson(rng, options["tail_rate"], end_of_load, end_of_load + options["tail_time"]),
-    ]
+    due = [(begin + at, kind) for at, kind in schedule(options["phases"], options["seed"])]
     delays: list[float] = []
     try:
-        os.write(_STDOUT, DOUBLE.pack(begin))
-        due = 0
-        while due < len(schedule):
+        os.write(_STDOUT, ARRIVAL.pack(begin, 0))
+        done = 0
+        while done < len(due):
             now = time.monotonic()
-            if schedule[due] > now:
-                time.sleep(schedule[due] - now)
+            first = due[done][0]
+            if first > now:
+                time.sleep(first - now)
                 continue
             batch = bytearray()
-            while due < len(schedule) and schedule[due] <= now:
-                batch += DOUBLE.pack(schedule[due])
-                due += 1
+            while done < len(due) and due[done][0] <= now:
+                batch += ARRIVAL.pack(*due[done])
+                done += 1
             _write(bytes(batch))
-            delays.append(time.monotonic() - schedule[due - len(batch) // DOUBLE.size])
+            delays.append(time.monotonic() - first)
     except BrokenPipeError:
         pass  # the service has seen enough
     delays.sort()
@@ -53,13 +54,19 @@ def main() -> None:
     print(json.dumps({"late_p99": late}), file=sys.stderr)
 
 
-def _poisson(rng: random.Random, rate: float, begin: float, end: float) -> list[float]:
-    times = []
-    at = begin + rng.expovariate(rate)
-    while at < end:
-        times.append(at)
-        at += rng.expovariate(rate)
-    return times
+def schedule(phases: Sequence[tuple[float, Sequence[float]]], seed: str) -> list[tuple[float, int]]:
+    """A Poisson stream of each kind of request: (seconds since the first phase began, kind), in order."""
+    rng = random.Random(seed)
+    arrivals: list[tuple[float, int]] = []
+    begin = 0.0
+    for seconds, rates in phases:
+        for kind, rate in enumerate(rates):
+            at = begin + rng.expovariate(rate)
+            while at < begin + seconds:
+                arrivals.append((at, kind))
+                at += rng.expovariate(rate)
+        begin += seconds
+    return sorted(arrivals)
 
 
 def _write(data: bytes) -> None:

@@ -1,0 +1,370 @@
+"""The connections of one node's pool: which are idle, which are out, and who gets the next one.
+
+The decisions are ``policy.saturation``'s; here they meet the connections. What is decided under the lock is done
+after it: callers are woken, connections closed, errors made. Nothing of the user's runs in the section.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from resilientdb.policy.lifecycle import Retirement
+from resilientdb.policy.saturation import Admission, Lane, Refusal
+from resilientdb.runtime.clock import monotonic
+from resilientdb.runtime.section import Section
+
+if TYPE_CHECKING:
+    from collections import deque
+    from collections.abc import Callable, Iterable
+
+    from resilientdb.engine.door import Record
+    from resilientdb.engine.tally import Tally
+    from resilientdb.runtime.waiters import Waiter
+
+__all__ = ["Slots"]
+
+logger = logging.getLogger("resilientdb")
+
+
+class Slots:
+    """The slots of one pool with their records.
+
+    A healthy checkout takes from ``idle`` and a healthy checkin puts back there, each one atomic operation and no
+    lock. What needs more than that (opening, waiting, handing on, closing) is decided in ``section``, which guards
+    ``admission``, ``dozing`` and the shells. No wake-up is lost between the two: whoever joins the line looks at
+    ``idle`` again afterwards, whoever puts a connection back looks at the line again afterwards, and one of them
+    sees the other.
+    """
+
+    def __init__(
+        self,
+        *,
+        admission: Admission[Waiter],
+        keep: int,
+        idle: deque[Any],
+        newest_first: bool,
+        make: Callable[[], Record],
+        close: Callable[[Record], None],
+        refuse: Callable[[Waiter, Refusal], BaseException],
+        tally: Tally,
+    ) -> None:
+        """``make``: a record without a connection. ``close``: close a record's connection. ``refuse``: the error
+        of a waiter that is sent away, made when it has left the line."""
+        self.section = Section()
+        self.admission = admission
+        self.idle = idle
+        """Connections nobody holds, fit for use."""
+        self.dozing: list[Any] = []
+        """Idle connections that nobody has used for so long that they must be asked whether they live."""
+        self.next_idle: Callable[[], Any] = idle.pop if newest_first else idle.popleft
+        self.keep = keep
+        """Most idle connections; 0 once another pool has taken this one's place."""
+        self.records: dict[int, weakref.ref[Record]] = {}
+        """All records with a slot that exist; looked at without the lock, by way of a copy."""
+        self._tally = tally
+        self._make = make
+        self._close = close
+        self._refuse = refuse
+        self._shells: list[Any] = []
+        """Records whose connection was lost: what the user keeps in ``record_info`` outlives it."""
+        self._cold: list[Any] = []
+        """Records whose connection could not be opened, resting."""
+        self._parents: list[Any] = []
+        """Records of the process that this one was forked from, kept so that nobody tells their server."""
+
+    # -- out -----------------------------------------------------------------------------------------------
+
+    def try_take(self) -> Any:
+        """A record, for a slot that is now the caller's; its connection may be None: to be opened. None: there is
+        no slot left."""
+        return self.section.run(self._take)
+
+    def join(self, waiter: Waiter, lane: Lane, remaining: float | None) -> Any:
+        """As ``try_take``, but where there is no slot left the caller stands in line (None), or may not (a
+        ``Refusal``)."""
+        return self.section.run(self._take_or_join, waiter, lane, remaining)
+
+    def leave(self, waiter: Waiter) -> bool:
+        """Leave the line; False when a slot (or a refusal) was given in the meantime."""
+        return self.section.run(self._leave, waiter)
+
+    def _leave(self, waiter: Waiter) -> bool:
+        return self.admission.leave(waiter)
+
+    def _take(self) -> Any:
+        record = self._nearest()
+        if record is None and self.admission.try_take():
+            record = self._bare()
+        return record
+
+    def _nearest(self) -> Any:
+        """An idle record, rather one that is known to be alive; None: there is none."""
+        record = self._take_idle()
+        return record if record is not None or not self.dozing else self.dozing.pop()
+
+    def _bare(self) -> Any:
+        """A record without a connection, for a slot that has none."""
+        record = self._shells.pop() if self._shells else self._make()
+        record.owns_slot = True
+        key = id(record)
+        self.records[key] = weakref.ref(record, lambda _gone: self.records.pop(key, None))
+        return record
+
+    def _take_or_join(self, waiter: Waiter, lane: Lane, remaining: float | None) -> Any:
+        record = self._take()
+        if record is not None:
+            return record
+        waiter.at = self
+        answer = self.admission.join(waiter, lane, waiter.since, remaining)
+        if isinstance(answer, Refusal):
+            self._tally.refused[answer] += 1
+            return answer
+        self._tally.waited += 1
+        if answer is not None:
+            self._send_away((answer,), Refusal.DISPLACED)
+        self._match()
+        return None
+
+    def _take_idle(self) -> Any:
+        """An idle record, or None: another thread, which needs no lock for it, may take the last at any moment."""
+        try:
+            return self.next_idle()
+        except IndexError:
+            return None
+
+    # -- back ----------------------------------------------------------------------------------------------
+
+    def give_back(self, record: Any) -> None:
+        """Hand a slot on, with its connection if there is one. None: its record exists no longer."""
+        if record is not None and record.inherited:
+            self._parents.append(record)
+        elif self.section.is_inside():
+            self.section.afterwards(functools.partial(self._give_back_late, record))
+        else:
+            end = self.section.run(self._settle, record)
+            if end is not None:
+                self.discard(record, end)
+
+    def _give_back_late(self, record: Any) -> None:
+        try:
+            self.give_back(record)
+        except Exception:
+            logger.exception("a connection that was forgotten could not be closed")
+
+    def _settle(self, record: Any) -> str | None:
+        """Hand the slot on; or say why its connection must be closed first."""
+        admission = self.admission
+        now = monotonic()
+        lost = record is None or record.dbapi_connection is None
+        if not lost:
+            why = self._end_of(record, now)
+            if why is not None:
+                return why
+        shed, waiter = admission.serve(now, lost=lost)
+        self._send_away(shed, Refusal.SHED)
+        if waiter is not None:
+            self._grant(waiter, record if record is not None else self._bare())
+        elif lost:
+            self._put_away(record)
+        elif self.idle_count >= self.keep:
+            return "surplus"
+        else:
+            self.idle.append(record)
+        return None
+
+    def _end_of(self, record: Record, now: float) -> str | None:
+        """Why a connection that works is to be closed rather than kept or handed on."""
+        if record.retire_at <= now:
+            return Retirement.AGE.value
+        if record.uses_left <= 0:
+            return Retirement.USES.value
+        # A pool that has been replaced keeps none, not for those who still wait either.
+        return None if self.keep else "disposed"
+
+    def _put_away(self, record: Any) -> None:
+        """Keep a record that has lost its connection, and with it what its user has put into it."""
+        if record is not None:
+            record.owns_slot = False
+            if record.opened_at:
+                self._shells.append(record)
+
+    def discard(self, record: Any, why: str) -> None:
+        """Close a connection that nobody holds, then give its slot back, whatever a listener makes of it."""
+        # In this order, so that the server never sees more than the limit.
+        record.owns_slot = False
+        self.records.pop(id(record), None)
+        self._tally.count_retired(why)
+        try:
+            self._close(record)
+        finally:
+            self.give_back(None)
+
+    def open_slot(self) -> Any:
+        """A new slot, to be opened for nobody in particular; None: there is none left, or somebody waits for it."""
+        return self.section.run(self._open_slot)
+
+    def _open_slot(self) -> Any:
+        return self._bare() if not self.admission.waiting and self.admission.try_take() else None
+
+    def rebalance(self) -> None:
+        """After two threads acted at once: nobody waits beside an idle connection, none is kept too many."""
+        if self.section.is_inside():
+            return  # whoever is inside looks again when leaving
+        surplus = self.section.run(self._rebalance)
+        if surplus is not None:
+            self.give_back(surplus)
+
+    def _rebalance(self) -> Any:
+        self._match()
+        return self._take_idle() if self.idle_count > self.keep else None
+
+    def _match(self) -> None:
+        """Give idle connections to those who wait, where both came to be at once."""
+        while self.admission.waiting and (record := self._take_idle()) is not None:
+            shed, waiter = self.admission.serve(monotonic())
+            self._send_away(shed, Refusal.SHED)
+            if waiter is None:
+                self.idle.append(record)
+                return
+            self._grant(waiter, record)
+
+    def _grant(self, waiter: Waiter, record: Any) -> None:
+        waiter.granted = record
+        self.section.afterwards(functools.partial(self._wake, waiter))
+
+    def _wake(self, waiter: Waiter) -> None:
+        if not waiter.wake():
+            self.give_back(waiter.granted)  # its event loop exists no longer
+
+    # -- when connecting fails -----------------------------------------------------------------------------
+
+    def connect_failed(self, record: Any, outcome: Callable[[], BaseException]) -> bool:
+        """The connection for ``record``'s slot could not be opened.
+
+        The next in line would only meet the same. While others hold connections, it waits for one of those, and
+        the slot rests: True; ``thaw`` is to be called after a pause. If nobody does, nothing will ever come back:
+        all who wait are told ``outcome`` now.
+        """
+        return self.section.run(self._connect_failed, record, outcome)
+
+    def _connect_failed(self, record: Any, outcome: Callable[[], BaseException]) -> bool:
+        admission = self.admission
+        if admission.waiting and admission.total > len(self._cold) + 1:
+            self._cold.append(record)
+            return True
+        self._dismiss(outcome)
+        self._settle(record)
+        return False
+
+    def thaw(self) -> None:
+        """Those whose slots rested may try again."""
+        while (record := self.section.run(self._take_cold)) is not None:
+            self.give_back(record)
+
+    def _take_cold(self) -> Any:
+        return self._cold.pop() if self._cold else None
+
+    # -- the line ------------------------------------------------------------------------------------------
+
+    def dismiss(self, outcome: Callable[[], BaseException]) -> None:
+        """Send everybody in line away with an error of their own."""
+        self.section.run(self._dismiss, outcome)
+
+    def _dismiss(self, outcome: Callable[[], BaseException]) -> None:
+        for waiter in self.admission.dismiss():
+            self._tell(waiter, outcome)
+
+    def shed_stalled(self) -> float | None:
+        """Look after a line that does not move; seconds until it should be looked at again, None: nobody waits."""
+        return self.section.run(self._shed_stalled)
+
+    def _shed_stalled(self) -> float | None:
+        now = monotonic()
+        self._send_away(self.admission.stalled(now), Refusal.SHED)
+        return self.admission.next_stall(now)
+
+    def _send_away(self, waiters: Iterable[Waiter], why: Refusal) -> None:
+        """Tell those who were taken out of the line that they will not be served."""
+        for waiter in waiters:
+            self._tally.refused[why] += 1
+            self._tell(waiter, functools.partial(waiter.at._refuse, waiter, why))  # noqa: SLF001
+
+    def _tell(self, waiter: Waiter, outcome: Callable[[], BaseException]) -> None:
+        waiter.refusal = outcome
+        self.section.afterwards(waiter.wake)
+
+    # -- what lies idle ------------------------------------------------------------------------------------
+
+    @property
+    def total(self) -> int:
+        """Connections: open, being opened, or lost and held on to by their users."""
+        return self.admission.total
+
+    @property
+    def idle_count(self) -> int:
+        return len(self.idle) + len(self.dozing)
+
+    def lost(self) -> int:
+        """Records without a connection that ``QueuePool`` would count as in the pool, up to its size."""
+        return max(0, min(len(self._shells), self.keep - self.idle_count))
+
+    def put_to_sleep(self, records: Iterable[Any]) -> None:
+        """Have idle records validated before they are used, those of them that are idle still."""
+        self.section.run(self._put_to_sleep, records)
+
+    def _put_to_sleep(self, records: Iterable[Any]) -> None:
+        for record in records:
+            if not self.admission.waiting and self._remove_idle(record):
+                record.dozed = True
+                self.dozing.append(record)
+
+    def withdraw(self, record: Any) -> bool:
+        """Take this very record, if it is idle; it is then the caller's, with its slot."""
+        return self.section.run(self._withdraw, record)
+
+    def _withdraw(self, record: Any) -> bool:
+        if record in self.dozing:
+            self.dozing.remove(record)
+            return True
+        return self._remove_idle(record)
+
+    def _remove_idle(self, record: Any) -> bool:
+        try:
+            self.idle.remove(record)
+        except ValueError:
+            return False  # taken in the meantime
+        return True
+
+    def close_idle(self, why: str) -> None:
+        while (record := self.section.run(self._take_any_idle)) is not None:
+            self.discard(record, why)
+        self._shells.clear()
+
+    def _take_any_idle(self) -> Any:
+        return self._nearest()
+
+    def out(self) -> list[Any]:
+        """The records that are in somebody's hands."""
+        records = (reference() for reference in tuple(self.records.values()))
+        return [record for record in records if record is not None and record.fairy_ref is not None]
+
+    def after_fork(self) -> None:
+        """In the child: the connections are the parent's, and so are the threads that waited."""
+        self.section = Section()
+        self.admission.dismiss()
+        # Kept without a word to the server, also those that are still out here: it would be the parent's
+        # connection that hears it.
+        for record in tuple(reference() for reference in self.records.values()):
+            if record is not None:
+                record.inherited = True
+                record.owns_slot = False
+        self._parents += [*self.idle, *self.dozing]
+        self.idle.clear()
+        self.dozing.clear()
+        self._shells.clear()
+        self._cold.clear()
+        self.records.clear()
+        self.admission.total = 0
