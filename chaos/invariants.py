@@ -52,8 +52,8 @@ FIRST_OK = 0.5
 NORMAL = 1.0
 """Seconds after healing: the first answer; only answers from there on."""
 _TICK = 0.01
-_WATCHDOG = "resilientdb-watchdog"
-"""One thread for the whole process, not for an engine: it stays."""
+_FOR_GOOD = {"resilientdb-watchdog", "resilientdb-keeper"}
+"""Threads of the whole process, not of an engine: they stay."""
 
 
 class Observer:
@@ -226,7 +226,7 @@ def nothing_left(
     """After ``dispose()``: no thread that was not there before, no connection on a server."""
 
     def more() -> list[str]:
-        return [t.name for t in threading.enumerate() if t not in before and t.name != _WATCHDOG]
+        return [t.name for t in threading.enumerate() if t not in before and t.name not in _FOR_GOOD]
 
     eventually(lambda: not more(), f"no thread left: {more()}")
 

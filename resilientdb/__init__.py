@@ -40,7 +40,7 @@ from resilientdb.errors import (
     PoolTimeout,
     ResilienceError,
 )
-from resilientdb.runtime.context import criticality, deadline, read_only
+from resilientdb.runtime.context import criticality, deadline, read_only, recording
 
 __version__ = "0.1.0.dev0"
 
@@ -61,6 +61,7 @@ __all__ = [
     "deadline",
     "read_only",
     "criticality",
+    "recording",
     # transactions
     "run_transaction",
     "run_transaction_async",

@@ -115,10 +115,10 @@ def test_normal_is_when_nearly_everybody_is_answered_quickly() -> None:
 
 
 def test_arrivals_keep_to_their_phases_and_to_their_seed() -> None:
-    phases = [(1.0, (100.0, 10.0)), (2.0, (400.0, 5.0))]
+    phases = [(1.0, (400.0, 10.0)), (2.0, (50.0, 100.0))]
     arrivals = schedule(phases, "seed")
     assert arrivals == sorted(arrivals) == schedule(phases, "seed") != schedule(phases, "other seed")
-    for begin, end, rates in [(0.0, 1.0, (100.0, 10.0)), (1.0, 3.0, (400.0, 5.0))]:
+    for begin, end, rates in [(0.0, 1.0, (400.0, 10.0)), (1.0, 3.0, (50.0, 100.0))]:
         for kind, rate in enumerate(rates):
             came = sum(begin <= at < end and mine == kind for at, mine in arrivals)
             expected = rate * (end - begin)

@@ -5,16 +5,21 @@ Each exists with the same meaning in 2.0.40 and 2.1; a test of each runs on both
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import Connection
 from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
+    from collections.abc import Iterator
+
+    from sqlalchemy.engine.interfaces import Dialect
 
 __all__ = [
     "ConnectionRecord",
+    "as_connecting",
     "await_only",
     "checkout",
     "greenlet_spawn",
@@ -26,6 +31,15 @@ ConnectionRecord = _ConnectionRecord
 
 checkout = _ConnectionFairy._checkout  # noqa: SLF001
 """All that ``Pool.connect`` does."""
+
+
+@contextlib.contextmanager
+def as_connecting(dialect: Dialect) -> Iterator[None]:
+    """Raises what ``Engine.connect`` raises when connecting fails with a driver's error, listeners heard."""
+    try:
+        yield
+    except dialect.loaded_dbapi.Error as error:
+        Connection._handle_dbapi_exception_noconnection(error, dialect)  # noqa: SLF001
 
 
 def record_of(checked_out: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 from sqlalchemy import Engine
 
 from resilientdb.engine import drain
-from resilientdb.engine.compat import greenlet_spawn
+from resilientdb.engine.compat import as_connecting, greenlet_spawn
 from resilientdb.engine.door import Door
 from resilientdb.engine.validation import validate
 from resilientdb.errors import ConfigurationError
@@ -148,10 +148,11 @@ class EngineControl(Control):
     """The handle on an ``Engine``."""
 
     def warm(self, connections: int | None = None) -> None:
-        """Open connections until each node's pool has so many; None = ``lifecycle.min_size``. For start-up: raises
-        as connecting does."""
-        for pool, most in _cold(self._cluster, connections):
-            pool.warm(most)
+        """Open connections until each node's pool has so many, ``pool_size`` at most; None = ``lifecycle.min_size``.
+        For start-up: raises as connecting does."""
+        with as_connecting(self._cluster.dialect):
+            for pool, most in _cold(self._cluster, connections):
+                pool.warm(most)
 
     def drain(self, timeout: float = 30.0) -> bool:
         """The process is about to end: take no new work, wait for what has begun, close everything.
@@ -172,8 +173,9 @@ class AsyncEngineControl(Control):
 
     async def warm(self, connections: int | None = None) -> None:
         """As ``EngineControl.warm``."""
-        for pool, most in _cold(self._cluster, connections):
-            await greenlet_spawn(pool.warm, most)
+        with as_connecting(self._cluster.dialect):
+            for pool, most in _cold(self._cluster, connections):
+                await greenlet_spawn(pool.warm, most)
 
     async def drain(self, timeout: float = 30.0) -> bool:  # noqa: ASYNC109 - as the other's
         """As ``EngineControl.drain``."""
@@ -189,6 +191,8 @@ def _cold(cluster: Cluster, connections: int | None) -> list[tuple[Door, int]]:
         raise ConfigurationError(
             f"connections must be 0 or more; got {most}", key="connections", value=connections
         )
+    if cluster.draining_since is not None:
+        raise drain.refusal()
     return [(node.pool, most) for node in cluster.nodes if node.pool is not None]
 
 

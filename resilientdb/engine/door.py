@@ -20,6 +20,7 @@ from sqlalchemy.pool import Pool
 from resilientdb.engine import drain
 from resilientdb.engine.cluster import Cluster
 from resilientdb.engine.compat import ConnectionRecord, await_only, record_of
+from resilientdb.engine.stacks import in_words
 from resilientdb.policy.faults import Phase, classify
 from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.context import current_record
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from resilientdb.engine.node import Node
+    from resilientdb.engine.stacks import Place
     from resilientdb.errors import ResilienceError
     from resilientdb.policy.breaker import Permit
     from resilientdb.runtime.callers import Caller
@@ -58,8 +60,8 @@ class Record(ConnectionRecord):
     """The thread, or the task (its ``id``), that it was handed to."""
     caller: Caller | None = None
     """The flow of work that it was handed to."""
-    stack: tuple[str, ...] = ()
-    """Where it was checked out, innermost last; kept only where leaks are looked for."""
+    place: Place = []  # noqa: RUF012 - never changed, only replaced
+    """Where it was checked out; kept only where leaks are looked for."""
     reported = False
     """Whether the present checkout has been reported as a leak."""
 
@@ -83,6 +85,11 @@ class Record(ConnectionRecord):
         self.node = pool.node
         self._pool = pool
         super().__init__(pool, connect)
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """Where it was checked out, in words, innermost last; empty where leaks are not looked for."""
+        return in_words(self.place)
 
     def __del__(self) -> None:
         # A thread was interrupted between being handed this record and holding on to it: no code of ours runs
@@ -139,6 +146,9 @@ class Door(Pool):
         self.node = resilientdb_node or self.cluster.nodes[0]
         self._breaker = self.node.breaker
         self._plain_connect = super().connect
+        self._out: dict[int, Any] = {}
+        """The records in somebody's hands, by ``id``; each access is one operation. A pool with slots keeps a list
+        of its own."""
         self.node.pool = self
         if self.node.connector is not None:
             self._invoke_creator = self.node.connector  # type: ignore[assignment]
@@ -176,6 +186,7 @@ class Door(Pool):
             raise
         record = record_of(checked_out)
         record.permit = permit
+        self._out[id(record)] = record
         self._note_checkout(record)
         return checked_out
 
@@ -206,6 +217,7 @@ class Door(Pool):
         return Record(self)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        self._out.pop(id(record), None)
         try:
             self._conclude(record)
         finally:
@@ -293,7 +305,7 @@ class Door(Pool):
     @property
     def load(self) -> int:
         """How many callers hold a connection or wait for one."""
-        return 0
+        return len(self._out)
 
     @property
     def activity(self) -> int:

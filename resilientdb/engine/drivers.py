@@ -79,6 +79,32 @@ class Driver:
         _ = dbapi_connection
         return None
 
+    def is_idle(self, dbapi_connection: object) -> bool:
+        """Whether neither the server nor the driver is in a transaction, as far as the driver knows: there is nothing
+        to commit or to roll back. False if it does not say."""
+        _ = dbapi_connection
+        return False
+
+    def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
+        """Whether BEGIN could be left out before a read: no transaction is open, the next would be a plain one in
+        READ COMMITTED, and leaving it out costs no round trip.
+
+        ``default_isolation``: the level of a transaction that names none; None if unknown.
+        """
+        _ = dbapi_connection, default_isolation
+        return False
+
+    def withhold_begin(self, dbapi_connection: object) -> None:
+        """Send what comes next without BEGIN in front of it, until ``allow_begin``."""
+
+    def allow_begin(self, dbapi_connection: object) -> None:
+        """End what ``withhold_begin`` began, or was about to begin."""
+
+    def is_stale_plan(self, error: BaseException) -> bool:
+        """Whether a statement failed because of what the driver has prepared on the connection, not for itself."""
+        _ = error
+        return False
+
     def read_role(self, row: Sequence[Any]) -> Literal["primary", "replica"]:
         """What the row of ``role_query`` says: its first column is whether the server is in recovery."""
         return "replica" if row[0] else "primary"
@@ -127,6 +153,45 @@ class _Libpq(Driver):
 class _Psycopg(_Libpq):
     __slots__ = ()
 
+    def is_idle(self, dbapi_connection: object) -> bool:
+        connection: Any = dbapi_connection
+        try:
+            # The status alone says idle, too, while a prepared transaction awaits its end, or replies are to be read.
+            return (
+                connection.pgconn.transaction_status == 0
+                and connection._tpc is None  # noqa: SLF001
+                and connection._pipeline is None  # noqa: SLF001
+            )
+        except Exception:  # noqa: BLE001
+            return False
+
+    def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
+        connection: Any = dbapi_connection
+        if not self.is_idle(connection):
+            return False
+        level = connection.isolation_level
+        return (
+            getattr(connection, "_autocommit", None) is False
+            and not connection.read_only
+            and not connection.deferrable
+            and (default_isolation == _ALONE if level is None else level == _PSYCOPG_READ_COMMITTED)
+        )
+
+    def withhold_begin(self, dbapi_connection: object) -> None:
+        connection: Any = dbapi_connection
+        # The property's setter takes a lock and waits, and an asynchronous connection has none.
+        connection._autocommit = True  # noqa: SLF001
+
+    def allow_begin(self, dbapi_connection: object) -> None:
+        connection: Any = dbapi_connection
+        connection._autocommit = False  # noqa: SLF001
+
+    def is_stale_plan(self, error: BaseException) -> bool:
+        # It prepares what it has sent five times, and forgets that with a ROLLBACK only. Meanwhile a table may have
+        # been altered ("cached plan must not change result type"), the session been reset, or another session been
+        # put in its place by a pooler, which has no statement of this name, or another one.
+        return getattr(error, "sqlstate", None) in {"0A000", "26000", "42P05"}
+
     def socket_fd(self, dbapi_connection: object) -> int | None:
         connection: Any = _driver_connection(dbapi_connection)
         try:
@@ -135,8 +200,55 @@ class _Psycopg(_Libpq):
             return None
 
 
+class _PsycopgAsync(_Psycopg):
+    """The same behind SQLAlchemy's adapter."""
+
+    __slots__ = ()
+
+    def is_idle(self, dbapi_connection: object) -> bool:
+        return super().is_idle(_driver_connection(dbapi_connection))
+
+    def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
+        return super().may_withhold_begin(_driver_connection(dbapi_connection), default_isolation)
+
+    def withhold_begin(self, dbapi_connection: object) -> None:
+        super().withhold_begin(_driver_connection(dbapi_connection))
+
+    def allow_begin(self, dbapi_connection: object) -> None:
+        super().allow_begin(_driver_connection(dbapi_connection))
+
+
 class _Psycopg2(_Libpq):
     __slots__ = ()
+
+    def is_idle(self, dbapi_connection: object) -> bool:
+        connection: Any = dbapi_connection
+        try:
+            # It has a notion of its own, which outlives a COMMIT or ROLLBACK that was sent as a text.
+            return bool(connection.status == 1 and connection.get_transaction_status() == 0)
+        except Exception:  # noqa: BLE001
+            return False
+
+    def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
+        connection: Any = dbapi_connection
+        return (
+            default_isolation == _ALONE
+            and self.is_idle(connection)
+            and not connection.autocommit
+            # Any value, also the server's own default, would be sent to the session when autocommit changes.
+            and connection.isolation_level is None
+            and connection.readonly is None
+            and connection.deferrable is None
+        )
+
+    def withhold_begin(self, dbapi_connection: object) -> None:
+        connection: Any = dbapi_connection
+        connection.autocommit = True
+
+    def allow_begin(self, dbapi_connection: object) -> None:
+        connection: Any = dbapi_connection
+        if not connection.closed:
+            connection.autocommit = False
 
     def socket_fd(self, dbapi_connection: object) -> int | None:
         connection: Any = _driver_connection(dbapi_connection)
@@ -178,6 +290,35 @@ class _Asyncpg(Driver):
         except Exception:  # noqa: BLE001
             return None
 
+    def is_idle(self, dbapi_connection: object) -> bool:
+        adapter: Any = dbapi_connection  # SQLAlchemy's, which keeps asyncpg's transaction object
+        try:
+            return adapter._transaction is None and not adapter.driver_connection.is_in_transaction()  # noqa: SLF001
+        except Exception:  # noqa: BLE001
+            return False
+
+    def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
+        adapter: Any = dbapi_connection
+        if not self.is_idle(adapter):
+            return False
+        level = adapter.isolation_level  # "autocommit" is one of them
+        return (
+            (default_isolation == _ALONE if level is None else level == "read_committed")
+            and not adapter.readonly
+            and not adapter.deferrable
+            # Without it each statement is prepared in a round trip of its own, which a pooler in transaction mode may
+            # take to another server than the next.
+            and getattr(adapter, "_prepared_statement_cache", None) is not None
+        )
+
+    def withhold_begin(self, dbapi_connection: object) -> None:
+        adapter: Any = dbapi_connection
+        adapter.autocommit = True
+
+    def allow_begin(self, dbapi_connection: object) -> None:
+        adapter: Any = dbapi_connection
+        adapter.autocommit = False
+
     def transaction_status(self, dbapi_connection: object) -> TransactionStatus | None:
         connection: Any = _driver_connection(dbapi_connection)
         try:
@@ -201,6 +342,10 @@ class _Sqlite(Driver):
             return None
 
 
+_ALONE: Final = "READ COMMITTED"
+"""The level in which each statement has a snapshot of its own: it sees the same alone as in a transaction."""
+_PSYCOPG_READ_COMMITTED: Final = 2
+
 _LIBPQ_STATUS: Final[dict[int, TransactionStatus]] = {0: "idle", 1: "undecided", 2: "open", 3: "failed"}
 """1 is ACTIVE: a command is running; 4, UNKNOWN, is a connection that is gone."""
 
@@ -208,7 +353,7 @@ _POSTGRESQL_ROLE: Final = "SELECT pg_is_in_recovery()"
 
 _DRIVERS: Final[dict[tuple[str, str, bool], Driver]] = {
     ("postgresql", "psycopg", False): _Psycopg("psycopg", _POSTGRESQL_ROLE),
-    ("postgresql", "psycopg", True): _Psycopg("psycopg_async", _POSTGRESQL_ROLE),
+    ("postgresql", "psycopg", True): _PsycopgAsync("psycopg_async", _POSTGRESQL_ROLE),
     ("postgresql", "psycopg2", False): _Psycopg2("psycopg2", _POSTGRESQL_ROLE),
     ("postgresql", "asyncpg", True): _Asyncpg("asyncpg", _POSTGRESQL_ROLE),
     ("sqlite", "pysqlite", False): _Sqlite("pysqlite"),

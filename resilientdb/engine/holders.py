@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ from resilientdb.runtime.context import current_record
 from resilientdb.stats import Holder
 
 if TYPE_CHECKING:
+    import asyncio
+    import weakref
     from collections.abc import Iterable, Sequence
 
 __all__ = ["describe_holder", "holders", "mine"]
@@ -37,14 +38,14 @@ def mine(out: Iterable[Any], me: Any) -> list[Any]:
 def holders(out: Sequence[Any], node: str, *, is_async: bool) -> list[Holder]:
     """Those who hold the records ``out``, longest first."""
     now = monotonic()
-    names = _task_names() if is_async else {thread.ident: thread.name for thread in threading.enumerate()}
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
     found = [
         Holder(
             node=node,
             seconds=now - record.since,
             route=notes.route if (notes := record.notes) is not None else None,
             thread=None if is_async else names.get(record.holder),
-            task=names.get(record.holder) if is_async else None,
+            task=_task_name(record.holder) if is_async else None,
             stack=record.stack,
         )
         for record in out
@@ -56,12 +57,10 @@ def describe_holder(holder: Holder) -> str:
     """«2.31 s by GET /orders (thread worker-3)»"""
     who = holder.thread or holder.task
     kind = "thread" if holder.thread else "task"
-    by = " ".join(part for part in (holder.route, f"({kind} {who})" if who else None) if part)
-    return f"{holder.seconds:.2f} s by {by or 'somebody unknown'}"
+    by = f"{kind} {who}" if who else "somebody unknown"
+    return f"{holder.seconds:.2f} s by {f'{holder.route} ({by})' if holder.route else by}"
 
 
-def _task_names() -> dict[int | None, str]:
-    try:
-        return {id(task): task.get_name() for task in asyncio.all_tasks()}
-    except RuntimeError:
-        return {}  # asked from outside the loop
+def _task_name(holder: weakref.ref[asyncio.Task[Any]] | None) -> str | None:
+    task = holder() if holder is not None else None
+    return task.get_name() if task is not None else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
+from resilientdb.engine import reading
 from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.errors import CommitOutcomeUnknown, DeadlineExceeded, ResilienceError
 from resilientdb.policy.faults import Fault, Phase, classify, describe, evidence
@@ -34,6 +35,7 @@ just now, and saves that connection."""
 def install(engine: Engine, cluster: Cluster) -> None:
     """Attach the library to a finished engine, once."""
     _Hooks(engine, cluster)
+    reading.attach(engine, cluster.driver)
 
 
 class _Hooks:
@@ -44,6 +46,7 @@ class _Hooks:
             event.listen(engine, name, self._before_statement)
         event.listen(engine, "do_execute_no_params", self._before_bare_statement)
         event.listen(engine, "handle_error", self._on_error)
+        self._is_idle = cluster.driver.is_idle
         self._commit = dialect.do_commit
         self._rollback = dialect.do_rollback
         dialect.do_commit = self._do_commit  # type: ignore[method-assign, assignment]
@@ -60,6 +63,8 @@ class _Hooks:
         self._before_statement(_cursor, _statement, None, context)
 
     def _do_commit(self, connection: Any) -> None:
+        if self._is_idle(getattr(connection, "dbapi_connection", connection)):
+            return  # nothing was written, nothing can be lost
         deadline = current_deadline()
         if deadline is not None:
             self._hold_to(deadline, record_of(connection), "COMMIT was sent; nothing is committed")
@@ -71,6 +76,8 @@ class _Hooks:
             raise
 
     def _do_rollback(self, connection: Any) -> None:
+        if self._is_idle(getattr(connection, "dbapi_connection", connection)):
+            return
         deadline = current_deadline()
         if deadline is not None and (record := record_of(connection)) is not None:
             self._appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from resilientdb.runtime.clock import monotonic
+from resilientdb.runtime.context import current_deadline
 from resilientdb.runtime.watchdog import Watch, watchdog
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy.engine.interfaces import Dialect
 
     from resilientdb.engine.drivers import Driver
 
-__all__ = ["answers"]
+__all__ = ["answers", "bound"]
 
 
 def answers(dialect: Dialect, driver: Driver, connection: Any, seconds: float) -> bool:
@@ -20,14 +23,38 @@ def answers(dialect: Dialect, driver: Driver, connection: Any, seconds: float) -
 
     The watchdog ends a call that gets no answer, by shutting the socket down under it.
     """
-    fd = driver.socket_fd(connection)
-    watch = Watch(fd) if fd is not None else None
-    if watch is not None:
-        watchdog.appoint(watch, monotonic() + seconds)
     try:
-        alive = bool(dialect.do_ping(connection))
+        return _ask(dialect.do_ping, driver, connection, seconds)
     except Exception:  # noqa: BLE001 - whatever it is, a connection that cannot answer is of no use
-        alive = False
+        return False
+
+
+def bound(dialect: Dialect, driver: Driver, seconds: float) -> None:
+    """Have every ping of ``dialect`` end within ``seconds`` and the caller's deadline: SQLAlchemy's own
+    (``pool_pre_ping``) would wait for ever."""
+    ask = dialect.do_ping
+
+    def do_ping(connection: Any) -> bool:
+        deadline = current_deadline()
+        limit = seconds if deadline is None else min(seconds, deadline.remaining())
+        return _ask(ask, driver, connection, limit)
+
+    dialect.do_ping = do_ping  # type: ignore[method-assign, assignment]
+
+
+def _ask(ask: Callable[[Any], bool], driver: Driver, connection: Any, seconds: float) -> bool:
+    """False also when the call was cut; otherwise what it raises is raised."""
+    fd = driver.socket_fd(connection)
+    if fd is None:
+        return bool(ask(connection))
+    watch = Watch(fd)
+    watchdog.appoint(watch, monotonic() + seconds)
+    try:
+        alive = bool(ask(connection))
+    except Exception:
+        if watch.end():
+            return False  # what the driver saw was our own hand
+        raise
     finally:
-        cut = watch is not None and watch.end()
+        cut = watch.end()
     return alive and not cut

@@ -121,6 +121,8 @@ class ResilientPlugin(CreateEnginePlugin):
     def engine_created(self, engine: Engine) -> None:
         if self._cluster is not None:
             hooks.install(engine, self._cluster)
+            lifecycle = self._cluster.resilience.lifecycle
+            ping.bound(engine.dialect, self._cluster.driver, lifecycle.validation_timeout)
         else:
             # Switched off: SQLAlchemy's own engine, which control() still answers for.
             resilience = self._resolved.resilience

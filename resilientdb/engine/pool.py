@@ -15,6 +15,7 @@ import functools
 import math
 import sys
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
@@ -25,7 +26,7 @@ from resilientdb.engine.compat import await_only, checkout, greenlet_spawn
 from resilientdb.engine.door import Door, Record
 from resilientdb.engine.holders import holders, mine
 from resilientdb.engine.ping import answers
-from resilientdb.engine.shared import SharedSlots, limiter
+from resilientdb.engine.shared import SharedSlots, current_worker, limiter
 from resilientdb.engine.slots import Slots
 from resilientdb.engine.upkeep import PoolUpkeep
 from resilientdb.errors import ConfigurationError, PoolSaturated, ResilienceError
@@ -86,7 +87,7 @@ class QueueDoor(Door, QueuePool):
 
     _queue_class: Any = IdleConnections
     _whoami: Callable[[], Any] = staticmethod(threading.get_ident)
-    """Who is to hold the connection: a thread's ident, a task's ``id``."""
+    """Who is to hold the connection: a thread's ident, a weak reference to a task."""
 
     def __init__(
         self,
@@ -117,6 +118,13 @@ class QueueDoor(Door, QueuePool):
             interval=math.inf if self.cluster.patient else queue.interval,
             shares=(queue.sheddable_plus_share, queue.sheddable_share),
         )
+        if 0 < pool_size < life.min_size:
+            raise ConfigurationError(
+                f"lifecycle.min_size must be at most pool_size ({pool_size}), the connections that a pool keeps; got "
+                f"{life.min_size}",
+                key="lifecycle.min_size",
+                value=life.min_size,
+            )
         self._idle: deque[Any] = self._pool.queue  # type: ignore[attr-defined]
         self._slots = self._make_slots(
             queue.limiter,
@@ -127,6 +135,7 @@ class QueueDoor(Door, QueuePool):
             close=Record.close,
             refuse=self._refuse,
             tally=self._tally,
+            doubtful=life.validate_idle == 0,
         )
         self._next_idle = self._slots.next_idle
         self._life = life
@@ -134,7 +143,10 @@ class QueueDoor(Door, QueuePool):
         self._open_physical: Callable[[Any], Any] = self._invoke_creator
         self._invoke_creator = self._opened  # type: ignore[assignment]
         self._is_thorough = (
-            life.max_uses is not None or life.leak_threshold is not None or queue.limiter is not None
+            life.max_uses is not None
+            or life.leak_threshold is not None
+            or life.validate_idle == 0
+            or queue.limiter is not None
         )
         """Whether every checkout and checkin has more to do than the short way can."""
         if self._is_thorough:
@@ -143,8 +155,10 @@ class QueueDoor(Door, QueuePool):
     def _make_slots(self, shared: str | None, **options: Any) -> Slots:
         if shared is None:
             return Slots(admission=self._admission, **options)
-        limit = limiter(shared, self.node.name, self._admission)
+        queue = self.cluster.resilience.queue
+        limit = limiter(shared, self.node.name, self._admission, queue, patient=self.cluster.patient)
         self._admission = limit.admission
+        self._whoami = current_worker
         return SharedSlots(limit, **options)
 
     # -- QueuePool's bookkeeping, kept truthful ------------------------------------------------------------
@@ -258,6 +272,10 @@ class QueueDoor(Door, QueuePool):
         if record is None:
             record = self._wait_in_line(deadline)
         if not self._is_fit(record, deadline):
+            if self._breaker.permit is not permit and not permit.probe:
+                # The circuit has opened while this caller waited, or asked a connection that does not answer.
+                self._slots.give_back(record)
+                raise self._breaker.refusal()
             self._open(record, deadline)
         record.permit = permit
         record.since = monotonic()
@@ -275,7 +293,7 @@ class QueueDoor(Door, QueuePool):
         waiter = self._make_waiter()
         lane = Lane[current_criticality().upper()]
         left = None if deadline is None else deadline.remaining()
-        waiter.holds = len(mine(self._slots.out(), self._whoami()))
+        waiter.holds = len(mine(self._slots.all_out(), self._whoami()))
         patience: float | None = self._timeout
         if left is not None:
             patience = left if patience is None else min(patience, left)
@@ -366,16 +384,22 @@ class QueueDoor(Door, QueuePool):
         return True
 
     def warm(self, connections: int) -> None:
-        while self._slots.total < connections and self.open_one():
-            pass
+        self._upkeep.may_open = False
+        try:
+            # More than it keeps would be closed at once, and missed again.
+            while self._slots.total < min(connections, self._slots.keep) and self.open_one():
+                pass
+        finally:
+            self._upkeep.may_open = True
 
-    def open_in_background(self) -> None:
-        """As ``open_one``; a failure is told to the breaker, and to nobody else."""
+    def open_in_background(self) -> bool:
+        """As ``open_one``; a failure is told to the breaker, and to nobody else. False: nothing was tried."""
         permit = self._breaker.permit
         try:
-            self.open_one()
+            return self.open_one()
         except Exception as error:  # noqa: BLE001 - nobody is there to hear it
             self._connect_failed(error, permit)
+            return True
 
     def _opened(self, record: Any) -> Any:
         """The pool's creator: every physical connection is opened here."""
@@ -506,6 +530,7 @@ class QueueDoor(Door, QueuePool):
         return (
             f"{self._slots.total - idle} active, {idle} idle, {admission.waiting} waiting; limit of size "
             f"{self._pool.maxsize} overflow {self._max_overflow}, at most {admission.max_waiting} waiting"
+            f"{self._slots.note()}"
         )
 
     def expected_wait(self) -> float | None:
@@ -518,7 +543,8 @@ class QueueDoor(Door, QueuePool):
 
     def mine(self) -> list[Holder]:
         """What the caller itself holds."""
-        return self.holders(mine(self._slots.out(), self._whoami()))
+        held = mine(self._slots.all_out(), self._whoami())
+        return [holder for record in held for holder in record._pool.holders((record,))]  # noqa: SLF001
 
     @property
     def saturated(self) -> bool:
@@ -527,7 +553,7 @@ class QueueDoor(Door, QueuePool):
 
     @property
     def load(self) -> int:
-        return self.checkedout() + self._admission.waiting
+        return self.checkedout() + self._slots.waiting
 
     @property
     def activity(self) -> int:
@@ -537,10 +563,12 @@ class QueueDoor(Door, QueuePool):
         for record in self._slots.out():
             record.permit = _NOT_OURS
         self._slots.after_fork()
+        self._upkeep.after_fork()
 
     def stats(self) -> PoolStats:
-        idle, admission, tally = self._slots.idle_count, self._admission, self._tally
-        total = max(idle, self._slots.total)
+        admission, tally, total = self._admission, self._tally, self._slots.total
+        # Without the lock: one that is just being moved may be counted twice.
+        idle = min(self._slots.idle_count, total)
         return PoolStats(
             total=total,
             active=total - idle,
@@ -585,14 +613,16 @@ def _same_failure(error: Exception) -> Exception:
     return told
 
 
-def _current_task_id() -> int:
-    return id(asyncio.current_task())
+def _current_task() -> weakref.ref[asyncio.Task[Any]] | None:
+    """By weak reference: the ``id`` of a task that has ended is soon that of another."""
+    task = asyncio.current_task()
+    return None if task is None else weakref.ref(task)
 
 
 class AsyncQueueDoor(QueueDoor, AsyncAdaptedQueuePool):
     """The pool of one node, for tasks of an event loop. Runs inside SQLAlchemy's greenlets."""
 
-    _whoami = staticmethod(_current_task_id)
+    _whoami = staticmethod(_current_task)
     loop: asyncio.AbstractEventLoop | None = None
     """The loop that its connections belong to, as long as it has any."""
 
@@ -603,7 +633,7 @@ class AsyncQueueDoor(QueueDoor, AsyncAdaptedQueuePool):
         return super()._do_get()
 
     def _belong_to(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self.loop is not None and self._admission.total:
+        if self.loop is not None and self._slots.total:
             raise ConfigurationError(
                 f"the connections of {self.node.name} belong to another event loop"
                 f"{', which has been closed' if self.loop.is_closed() else ''}: an AsyncEngine serves one loop at a "

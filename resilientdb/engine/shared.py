@@ -8,6 +8,8 @@ loop for a thread: a waiter in one is woken by the other, and that is all they h
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import threading
 import weakref
@@ -22,20 +24,43 @@ from resilientdb.runtime.section import Section
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from resilientdb.config import SaturationQueue
     from resilientdb.policy.saturation import Lane
     from resilientdb.runtime.waiters import Waiter
 
-__all__ = ["Limiter", "SharedSlots", "limiter"]
+__all__ = ["Limiter", "SharedSlots", "current_worker", "limiter"]
 
 
 class Limiter:
-    """What the pools of one node share. Its slots are not connections but the right to use one."""
+    """What the pools of one node share, guarded by ``section``. Its slots are not connections but the right to use
+    one."""
 
-    def __init__(self, name: str, admission: Admission[Waiter]) -> None:
+    def __init__(self, name: str, admission: Admission[Waiter], rules: dict[str, object]) -> None:
         self.name = name
         self.admission = admission
+        self.rules = rules
+        """All else that the line goes by, by the name of the option."""
         self.section = Section()
+        self._pools: dict[int, weakref.ref[SharedSlots]] = {}
         self._process = os.getpid()
+
+    def join(self, slots: SharedSlots) -> None:
+        pools, key = self._pools, id(slots)
+        pools[key] = weakref.ref(slots, lambda _gone: pools.pop(key, None))
+
+    def pools(self) -> list[SharedSlots]:
+        """Those in use, and those replaced whose connections are still out."""
+        pools = (reference() for reference in tuple(self._pools.values()))
+        return [slots for slots in pools if slots is not None]
+
+    def differences(self, admission: Admission[Waiter], rules: dict[str, object]) -> list[str]:
+        """What another engine would have otherwise."""
+        ours, theirs = _with_size(self.admission, self.rules), _with_size(admission, rules)
+        return [
+            f"{option} is {ours[option]} in one and {theirs[option]} in the other"
+            for option in ours
+            if ours[option] != theirs[option]
+        ]
 
     def after_fork(self) -> None:
         """In the child; each of the pools says so, and the first of them is heard."""
@@ -44,127 +69,205 @@ class Limiter:
             self.section = Section()
             self.admission.dismiss()
             self.admission.total = 0
+            for slots in self.pools():
+                slots.begin_again()
+
+
+def _with_size(admission: Admission[Waiter], rules: dict[str, object]) -> dict[str, object]:
+    size = {"pool_size + max_overflow": admission.limit, "queue.max_waiting": admission.max_waiting}
+    return {**{option: "unlimited" if most is None else most for option, most in size.items()}, **rules}
 
 
 _limiters: weakref.WeakValueDictionary[tuple[str, str], Limiter] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
-def limiter(name: str, node: str, admission: Admission[Waiter]) -> Limiter:
+def limiter(
+    name: str, node: str, admission: Admission[Waiter], queue: SaturationQueue, *, patient: bool
+) -> Limiter:
     """The limiter of that name for a node, with ``admission`` if it is new. Lives as long as a pool that uses it.
 
-    Raises ``ConfigurationError`` when another engine has given it another size.
+    ``patient``: whether callers wait as long as they said, overload or not. Raises ``ConfigurationError`` when
+    another engine has made it by other rules: there is one line, and it goes by one set of them.
     """
-    with _lock:
-        known = _limiters.get((name, node))
-        if known is None:
-            known = _limiters[name, node] = Limiter(name, admission)
-    theirs, ours = known.admission, admission
-    if (theirs.limit, theirs.max_waiting) != (ours.limit, ours.max_waiting):
+    rules: dict[str, object] = {
+        "queue.target": queue.target,
+        "queue.interval": queue.interval,
+        "queue.sheddable_plus_share": queue.sheddable_plus_share,
+        "queue.sheddable_share": queue.sheddable_share,
+        "an explicit pool_timeout": "given" if patient else "not given",
+    }
+    known = _known_or_new(name, node, admission, rules)
+    if known.differences(admission, rules):
+        # The other engine may be one that was dropped, and only not collected yet.
+        del known
+        gc.collect()
+        known = _known_or_new(name, node, admission, rules)
+    if differences := known.differences(admission, rules):
         raise ConfigurationError(
-            f"engines that share the limiter {name!r} must agree about its size at {node}: at most {theirs.limit} "
-            f"connections (pool_size + max_overflow) and {theirs.max_waiting} waiting (queue.max_waiting) in one, "
-            f"{ours.limit} and {ours.max_waiting} in the other",
+            f"engines that share the limiter {name!r} (queue.limiter) have one limit and one line at {node}, and "
+            f"must agree about them: {'; '.join(differences)}",
             key="queue.limiter",
             value=name,
         )
     return known
 
 
+def _known_or_new(name: str, node: str, admission: Admission[Waiter], rules: dict[str, object]) -> Limiter:
+    with _lock:
+        known = _limiters.get((name, node))
+        if known is None:
+            known = _limiters[name, node] = Limiter(name, admission, rules)
+    return known
+
+
+def _after_fork() -> None:
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()  # it may be held by a thread that does not exist here
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def current_worker() -> int:
+    """Who asks, for a pool whose slots others draw on: the task, also where it asks a synchronous engine, else the
+    thread. One name for both kinds, so that it is known who holds a connection of the other engine."""
+    if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the question that does not raise
+        task = asyncio.current_task()
+        if task is not None:
+            return id(task)
+    return threading.get_ident()
+
+
 class SharedSlots(Slots):
-    """The connections of one pool, of which only so many are in use as the limiter lets it have."""
+    """The connections of one pool, of which only so many are in use as the limiter lets it have.
+
+    Every checkout and every checkin goes through the section, which is the limiter's. An idle record owns no slot;
+    a record that is out, being opened, asked or closed does.
+    """
 
     def __init__(self, limiter: Limiter, **options: Any) -> None:
         super().__init__(admission=limiter.admission, **options)
         self._limiter = limiter
         self.section = limiter.section
-        self._in_use = 0
-        self._waiters: set[Waiter] = set()
+        self._total = 0
+        self._waiters: dict[Waiter, None] = {}
         """Those of this pool who stand in the common line."""
+        limiter.join(self)
 
     @property
     def total(self) -> int:
-        return self._in_use + self.idle_count
+        return self._total
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiters)
+
+    def note(self) -> str:
+        return f"; {self.admission.total} in use by all who share the limiter {self._limiter.name!r}"
+
+    # -- out -----------------------------------------------------------------------------------------------
 
     def _take(self) -> Any:
-        if not self.admission.try_take():
-            return None
-        return self._use_one()
+        return self._use_one() if self.admission.try_take() else None
 
     def _use_one(self) -> Any:
         """A record for a slot that is this pool's now."""
-        self._in_use += 1
         record = self._nearest()
-        return record if record is not None else self._bare()
+        if record is None:
+            record = self._bare()
+            self._total += 1
+        record.owns_slot = True
+        return record
 
     def _take_or_join(self, waiter: Waiter, lane: Lane, remaining: float | None) -> Any:
         answer = super()._take_or_join(waiter, lane, remaining)
         if answer is None:
-            self._waiters.add(waiter)
+            self._waiters[waiter] = None
         return answer
 
     def _leave(self, waiter: Waiter) -> bool:
-        self._waiters.discard(waiter)
+        self._waiters.pop(waiter, None)
         return super()._leave(waiter)
+
+    def _open_slot(self) -> Any:
+        limit = self.admission.limit
+        if self.admission.waiting or (limit is not None and self._total >= limit):
+            return None
+        if not self.admission.try_take():
+            return None
+        self._total += 1
+        return self._bare()
+
+    # -- back ----------------------------------------------------------------------------------------------
 
     def _settle(self, record: Any) -> str | None:
         now = monotonic()
         lost = record is None or record.dbapi_connection is None
-        if not lost:
+        if lost:
+            self._total -= 1
+            self._put_away(record)
+        else:
             why = self._end_of(record, now)
             if why is not None:
                 return why
-        self._in_use -= 1
-        if lost:
-            self._put_away(record)
-        else:
-            self.idle.append(record)
+            record.owns_slot = False
+            self._put_by(record)
+        # Lost in any case: the next in line takes the slot without this connection, unless they are of one pool.
         shed, waiter = self.admission.serve(now, lost=True)
         self._send_away(shed, Refusal.SHED)
         if waiter is not None:
             theirs = waiter.at
             theirs._grant(waiter, theirs._use_one())  # noqa: SLF001 - of the same class, in the same section
-        if not lost and self.idle_count > self.keep and self._remove_idle(record):
-            self._take_over()
+        if not lost and self.idle_count > self.keep and self._withdraw(record):
             return "surplus"
         return None
 
-    def _take_over(self) -> None:
-        """An idle connection is about to be closed: it is in use meanwhile, whatever the limit."""
-        self._in_use += 1
+    def _grant(self, waiter: Waiter, record: Any) -> None:
+        self._waiters.pop(waiter, None)
+        super()._grant(waiter, record)
+
+    def _match(self) -> None:
+        """An idle connection is no slot here."""
+
+    def _rebalance(self) -> Any:
+        """Nothing comes back but through ``_settle``, which leaves nobody waiting and none too many."""
+        return None
+
+    # -- idle connections that are about to be asked, or closed --------------------------------------------
+
+    def _take_over(self, record: Any) -> None:
+        """It is in use meanwhile, whatever the limit: that it is not idle any more cannot wait for a slot."""
+        record.owns_slot = True
         self.admission.total += 1
 
     def _withdraw(self, record: Any) -> bool:
         taken = super()._withdraw(record)
         if taken:
-            self._take_over()
+            self._take_over(record)
         return taken
 
     def _take_any_idle(self) -> Any:
         record = super()._take_any_idle()
         if record is not None:
-            self._take_over()
+            self._take_over(record)
         return record
 
-    def _open_slot(self) -> Any:
-        limit = self.admission.limit
-        if self.admission.waiting or (limit is not None and self.total >= limit):
-            return None
-        if not self.admission.try_take():
-            return None
-        self._in_use += 1
-        return self._bare()
+    # -- this pool's alone ---------------------------------------------------------------------------------
 
-    def _grant(self, waiter: Waiter, record: Any) -> None:
-        self._waiters.discard(waiter)
-        super()._grant(waiter, record)
+    def _connect_failed(self, record: Any, outcome: Callable[[], BaseException]) -> bool:
+        # The other engine's connections are of no use to those who wait here, nor is this failure theirs.
+        if self._waiters and self._total - self.idle_count > len(self._cold) + 1:
+            self._cold.append(record)
+            return True
+        self._dismiss(outcome)
+        self._settle(record)
+        return False
 
     def _tell(self, waiter: Waiter, outcome: Callable[[], BaseException]) -> None:
-        waiter.at._waiters.discard(waiter)  # noqa: SLF001
+        waiter.at._waiters.pop(waiter, None)  # noqa: SLF001
         super()._tell(waiter, outcome)
-
-    def _match(self) -> None:
-        """An idle connection is no slot here."""
 
     def _dismiss(self, outcome: Callable[[], BaseException]) -> None:
         # Those of this pool only: what happened to its node's circuit is not the other engine's.
@@ -172,9 +275,21 @@ class SharedSlots(Slots):
             if self.admission.leave(waiter):
                 self._tell(waiter, outcome)
 
+    def all_out(self) -> list[Any]:
+        return [record for slots in self._limiter.pools() for record in slots.out()]
+
+    # -- after a fork --------------------------------------------------------------------------------------
+
     def after_fork(self) -> None:
         super().after_fork()
         self._limiter.after_fork()
         self.section = self._limiter.section
-        self._in_use = 0
+
+    def begin_again(self) -> None:
+        """In the child, once for all pools of the limiter, those replaced included: whom nobody else tells."""
+        self.section = self._limiter.section
+        self._total = 0
         self._waiters.clear()
+        for record in self.out():
+            record.inherited = True
+            record.owns_slot = False

@@ -50,9 +50,11 @@ class Slots:
         close: Callable[[Record], None],
         refuse: Callable[[Waiter, Refusal], BaseException],
         tally: Tally,
+        doubtful: bool = False,
     ) -> None:
         """``make``: a record without a connection. ``close``: close a record's connection. ``refuse``: the error
-        of a waiter that is sent away, made when it has left the line."""
+        of a waiter that is sent away, made when it has left the line. ``doubtful``: each idle connection is to be
+        asked whether it lives before it is used."""
         self.section = Section()
         self.admission = admission
         self.idle = idle
@@ -65,6 +67,7 @@ class Slots:
         self.records: dict[int, weakref.ref[Record]] = {}
         """All records with a slot that exist; looked at without the lock, by way of a copy."""
         self._tally = tally
+        self._doubtful = doubtful
         self._make = make
         self._close = close
         self._refuse = refuse
@@ -119,6 +122,10 @@ class Slots:
             return record
         waiter.at = self
         answer = self.admission.join(waiter, lane, waiter.since, remaining)
+        if answer is Refusal.DEADLOCK and self.idle:
+            # Somebody else has just given back what the caller, or one of those in line, was thought to hold.
+            self._match()
+            return self._take_or_join(waiter, lane, remaining)
         if isinstance(answer, Refusal):
             self._tally.refused[answer] += 1
             return answer
@@ -172,8 +179,16 @@ class Slots:
         elif self.idle_count >= self.keep:
             return "surplus"
         else:
-            self.idle.append(record)
+            self._put_by(record)
         return None
+
+    def _put_by(self, record: Any) -> None:
+        """Nobody waits for it: it is idle now."""
+        if self._doubtful:
+            record.dozed = True
+            self.dozing.append(record)
+        else:
+            self.idle.append(record)
 
     def _end_of(self, record: Record, now: float) -> str | None:
         """Why a connection that works is to be closed rather than kept or handed on."""
@@ -289,8 +304,9 @@ class Slots:
     def _send_away(self, waiters: Iterable[Waiter], why: Refusal) -> None:
         """Tell those who were taken out of the line that they will not be served."""
         for waiter in waiters:
-            self._tally.refused[why] += 1
-            self._tell(waiter, functools.partial(waiter.at._refuse, waiter, why))  # noqa: SLF001
+            theirs = waiter.at
+            theirs._tally.refused[why] += 1  # noqa: SLF001
+            self._tell(waiter, functools.partial(theirs._refuse, waiter, why))  # noqa: SLF001
 
     def _tell(self, waiter: Waiter, outcome: Callable[[], BaseException]) -> None:
         waiter.refusal = outcome
@@ -302,6 +318,15 @@ class Slots:
     def total(self) -> int:
         """Connections: open, being opened, or lost and held on to by their users."""
         return self.admission.total
+
+    @property
+    def waiting(self) -> int:
+        """Callers of this pool in line."""
+        return self.admission.waiting
+
+    def note(self) -> str:
+        """What else there is to be said about the counts."""
+        return ""
 
     @property
     def idle_count(self) -> int:
@@ -341,7 +366,7 @@ class Slots:
     def close_idle(self, why: str) -> None:
         while (record := self.section.run(self._take_any_idle)) is not None:
             self.discard(record, why)
-        self._shells.clear()
+        self.section.run(self._shells.clear)
 
     def _take_any_idle(self) -> Any:
         return self._nearest()
@@ -350,6 +375,10 @@ class Slots:
         """The records that are in somebody's hands."""
         records = (reference() for reference in tuple(self.records.values()))
         return [record for record in records if record is not None and record.fairy_ref is not None]
+
+    def all_out(self) -> list[Any]:
+        """As ``out``, of all the pools that draw on the same slots."""
+        return self.out()
 
     def after_fork(self) -> None:
         """In the child: the connections are the parent's, and so are the threads that waited."""

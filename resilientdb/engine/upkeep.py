@@ -7,15 +7,17 @@ done aside, in a thread of its own or, for an asynchronous driver, in a task of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import random
 import threading
-import traceback
 from typing import TYPE_CHECKING, Any
 
 from resilientdb.engine.compat import greenlet_spawn
 from resilientdb.engine.holders import describe_holder
 from resilientdb.engine.ping import answers
+from resilientdb.engine.stacks import here
 from resilientdb.events import ConnectionLeaked
 from resilientdb.policy.lifecycle import Orders, Upkeep
 from resilientdb.runtime.clock import monotonic
@@ -27,13 +29,18 @@ if TYPE_CHECKING:
     from resilientdb.config import Lifecycle
     from resilientdb.engine.pool import QueueDoor
     from resilientdb.engine.slots import Slots
+    from resilientdb.stats import Holder
 
 __all__ = ["PoolUpkeep"]
 
 logger = logging.getLogger("resilientdb")
 
 _OPEN_AGAIN = 1.0
-"""Seconds until a pool looks again whether its node can be connected to, while the circuit says no."""
+"""Seconds until a pool looks again whether it can open a connection that is missing: the circuit says no, all
+slots are taken, the event loop is closed, or there are no threads to be had."""
+
+_IN_PROCESS = frozenset({"sqlite", "duckdb"})
+"""Databases in this process: they have no sessions to be lost, and may end with their last connection."""
 
 
 class PoolUpkeep:
@@ -43,12 +50,22 @@ class PoolUpkeep:
         self._pool = pool
         self._slots = slots
         self._life = life
-        # A database in this process has no sessions to be lost, and may end with its last connection.
-        self._upkeep = Upkeep(life, random.Random().random) if pool.cluster.has_server else None
+        # A pool made without an engine has a stand-in for a dialect, which has no name and cannot ping.
+        name = getattr(pool.cluster.dialect, "name", "")
+        self._upkeep = Upkeep(life, random.Random().random) if name and name not in _IN_PROCESS else None
+        self.may_open = True
+        """False while somebody else opens what is missing."""
         self._is_watching_line = False
         self._is_looking = False
         self._rests_until: float | None = None
-        self._opening = 0
+        self._opening: list[asyncio.AbstractEventLoop | None] = []
+        """For each connection being opened in the background, the loop that does it; None = a thread."""
+
+    def after_fork(self) -> None:
+        """In the child: what was arranged and begun, was so in the parent."""
+        self._is_watching_line = self._is_looking = False
+        self._rests_until = None
+        self._opening = []
 
     # -- told by the pool ----------------------------------------------------------------------------------
 
@@ -72,6 +89,8 @@ class PoolUpkeep:
         if self._upkeep is not None:
             record.retire_at = self._upkeep.retire_at(now)
             self._upkeep.opened()
+        # It may lie idle without ever having been checked out, as after ``warm``.
+        self.used()
 
     def open_failed(self) -> None:
         if self._upkeep is not None:
@@ -90,7 +109,7 @@ class PoolUpkeep:
         record.owes = True
         if self._life.leak_threshold is not None:
             record.reported = False
-            record.stack = tuple(traceback.format_list(traceback.extract_stack()[:-1]))
+            record.place = here(skip=2)
 
     # -- called by the keeper ------------------------------------------------------------------------------
 
@@ -127,12 +146,13 @@ class PoolUpkeep:
                 again = left if again is None else min(again, left)
             elif not record.reported:
                 record.reported = True
-                self._report(record)
+                self._pool.node.tally.leaks += 1
+                # Listeners may take their time, and every pool waits for the keeper.
+                _in_thread(functools.partial(self._report, self._pool.holders((record,))))
         return again if again is not None or not self._is_looking else threshold
 
-    def _report(self, record: Any) -> None:
-        self._pool.node.tally.leaks += 1
-        for holder in self._pool.holders((record,)):
+    def _report(self, found: list[Holder]) -> None:
+        for holder in found:
             self._pool.cluster.emit(ConnectionLeaked(holder=holder))
             logger.warning(
                 "a connection to %s has been out for %s; checked out at:\n%s",
@@ -154,21 +174,34 @@ class PoolUpkeep:
                 record.owes = True
         self._is_looking = False  # before the look: who comes after it has to say so
         orders: Orders[Any] = upkeep.look(
-            slots.idle.copy(), slots.dozing.copy(), slots.total, self._opening, now
+            slots.idle.copy(), slots.dozing.copy(), slots.total, self._opening.count(self._loop), now
         )
         slots.put_to_sleep(orders.doze)
         again = orders.next_look
-        if orders.open and self._pool.node.breaker.permit is None:
+        if orders.open and self._pool.cluster.draining_since is None and not self._begin_to_open(orders.open):
             again = _OPEN_AGAIN if again is None else min(again, _OPEN_AGAIN)
-        else:
-            for _ in range(orders.open):
-                self._opening += 1
-                self._aside(self._open_one)
         if orders.retire or orders.ping:
             self._aside(lambda: self._carry_out(orders))
         if again is not None:
             self._is_looking = True
         return again
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop | None:
+        return getattr(self._pool, "loop", None)
+
+    def _begin_to_open(self, connections: int) -> bool:
+        """False: not now."""
+        if not self.may_open or self._pool.node.breaker.permit is None:
+            return False
+        loop = self._loop
+        for _ in range(connections):
+            # Two connections may have been opened at once: each takes out what stands for it, in one operation.
+            self._opening.append(loop)
+            if not self._aside(functools.partial(self._open_one, loop)):
+                self._opening.remove(loop)
+                return False
+        return True
 
     # -- done aside ----------------------------------------------------------------------------------------
 
@@ -187,26 +220,39 @@ class PoolUpkeep:
                     record.dbapi_connection,
                     self._life.validation_timeout,
                 )
+                record.dozed = False
                 if not alive:
                     pool.node.tally.count_retired("keepalive")
                     record.invalidate()
+            except BaseException as error:
+                record.invalidate(error)  # half asked, it is fit for nobody
+                raise
             finally:
                 self._slots.give_back(record)
 
-    def _open_one(self) -> None:
+    def _open_one(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        pause = _OPEN_AGAIN
         try:
-            self._pool.open_in_background()
+            if self._pool.open_in_background():
+                pause = 0.0
         finally:
-            self._opening -= 1
-            keeper.nudge(self)
+            with contextlib.suppress(ValueError):  # a fork, meanwhile
+                self._opening.remove(loop)
+            # Whatever came of it, more may be missing; and nobody else may ever look.
+            self._is_looking = True
+            keeper.nudge(self, pause)
 
-    def _aside(self, work: Callable[[], None]) -> None:
-        """Have ``work`` done without waiting for it; its errors are logged."""
-        loop = getattr(self._pool, "loop", None)
+    def _aside(self, work: Callable[[], None]) -> bool:
+        """Have ``work`` done without waiting for it; its errors are logged. False: it cannot be done now."""
         if not self._pool.cluster.dialect.is_async:
-            threading.Thread(target=_logged, args=(work,), name="resilientdb-upkeep", daemon=True).start()
-        elif loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(_spawn, work)
+            return _in_thread(work)
+        loop = self._loop
+        try:
+            if loop is not None:
+                loop.call_soon_threadsafe(_spawn, work)
+        except RuntimeError:
+            return False  # closed, and its connections are of no use any more
+        return loop is not None
 
 
 _tasks: set[asyncio.Task[Any]] = set()
@@ -217,6 +263,14 @@ def _spawn(work: Callable[[], None]) -> None:
     task = asyncio.ensure_future(greenlet_spawn(_logged, work))
     _tasks.add(task)
     task.add_done_callback(_tasks.discard)
+
+
+def _in_thread(work: Callable[[], None]) -> bool:
+    try:
+        threading.Thread(target=_logged, args=(work,), name="resilientdb-upkeep", daemon=True).start()
+    except RuntimeError:
+        return False  # out of threads, or the interpreter is about to exit
+    return True
 
 
 def _logged(work: Callable[[], None]) -> None:

@@ -312,7 +312,7 @@ class Admission(Generic[W]):
 
     def _is_the_last_hope(self) -> bool:
         """Whether those who wait hold every slot but one: if that one ceased to be, none would ever come free."""
-        return 0 < self._held >= self.total - 1
+        return self._held >= self.total - 1
 
     def _has_room(self, lane: Lane) -> bool:
         if self.max_waiting is None:

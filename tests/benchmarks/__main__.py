@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import breaker, checkout, contention, import_time, refused, select_one
+from . import breaker, checkout, contention, import_time, line, reading, refused, select_one
 from .measure import FULL, QUICK, SMOKE
 from .overload import brownout, mixed, sustained
 from .report import as_json, into_document, machine, render, render_targets
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 BENCHMARKS: dict[str, Callable[[Bench], Report]] = {
     "checkout": checkout.run,
     "select": select_one.run,
+    "reading": reading.run,
     "refused": refused.run,
     "contention": contention.run,
     "breaker": breaker.run,
+    "line": line.run,
     "import": import_time.run,
     "overload": sustained.run,
     "brownout": brownout.run,

@@ -52,6 +52,8 @@ class Scale:
     imports: int
     contestants: int | None = None
     """How many of the systems under load; None = all."""
+    judged: bool = True
+    """Whether a load that was disturbed by other work on the machine is repeated, and void in the end."""
 
 
 FULL = Scale(
@@ -90,6 +92,7 @@ SMOKE = Scale(
     load_time=0.3,
     tail_time=1.5,
     imports=1,
+    judged=False,
 )
 """Only shows that everything runs; its figures mean nothing."""
 

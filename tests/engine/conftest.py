@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ from sqlalchemy.dialects import sqlite
 from resilientdb import Resilience
 from resilientdb.engine.cluster import Cluster
 from resilientdb.engine.pool import QueueDoor
+from resilientdb.errors import PoolSaturated, PoolTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -30,6 +32,18 @@ def by_another(work: Callable[[], T]) -> T:
 async def by_another_task(work: Coroutine[Any, Any, T]) -> T:
     """As ``by_another``, for tasks."""
     return await asyncio.create_task(work, context=contextvars.Context())
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Other threads reach a state that can be seen but not waited for."""
+    give_up = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < give_up, f"never: {what}"
+        time.sleep(0.001)
+
+
+def until_waiting(pool: QueueDoor, number: int) -> None:
+    until(lambda: pool.stats().waiting == number, f"{number} waiting")
 
 
 class FakeConnection:
@@ -82,6 +96,20 @@ class FakeDatabase:
     def close_one(self) -> None:
         with self._lock:
             self.open_now -= 1
+
+
+def assert_whole(pool: QueueDoor, database: FakeDatabase, size: int) -> None:
+    """Every slot is there: the pool can hand out all of them at once, and no more."""
+    assert pool.stats().active == 0
+    assert pool.stats().waiting == 0
+    pool._timeout = 0.0
+    held = [by_another(pool.connect) for _ in range(size)]
+    with pytest.raises((PoolTimeout, PoolSaturated)):
+        pool.connect()
+    assert pool.stats().total == pool.stats().active == size
+    for connection in held:
+        connection.close()
+    assert database.most_open <= size
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from resilientdb.engine.cluster import Cluster
 from resilientdb.engine.pool import AsyncQueueDoor
 from resilientdb.errors import DeadlineExceeded, PoolSaturated, PoolTimeout
 from resilientdb.testing import FakeClock
+from tests.engine.conftest import assert_whole, by_another, by_another_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -36,7 +37,14 @@ if TYPE_CHECKING:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     clock = FakeClock()
-    for user in ("engine.pool", "engine.slots", "engine.refusals", "runtime.waiters", "runtime.context"):
+    for user in (
+        "engine.holders",
+        "engine.pool",
+        "engine.refusals",
+        "engine.slots",
+        "runtime.context",
+        "runtime.waiters",
+    ):
         monkeypatch.setattr(f"resilientdb.{user}.monotonic", clock)
     return clock
 
@@ -61,6 +69,10 @@ class Callers:
         self.pool = pool
         self._threads = threads
 
+    def held(self) -> Any:
+        """A connection that is out, by somebody who asks for no more."""
+        return by_another(self.pool.connect)
+
     def connect(self, level: Criticality = "critical", seconds: float | None = None) -> Any:
         with rdb.criticality(level), rdb.deadline(seconds):
             return self.pool.connect()
@@ -73,7 +85,7 @@ class Callers:
     def waiting(self, level: Criticality = "critical", seconds: float | None = None) -> Future[Any]:
         """One more in line."""
         joined = self.pool.stats().waited + 1
-        future = self._threads.submit(self.connect, level, seconds)
+        future = self._threads.submit(by_another, lambda: self.connect(level, seconds))
         give_up = time.monotonic() + 10
         while self.pool.stats().waited < joined:
             assert time.monotonic() < give_up, "did not join the line"
@@ -85,19 +97,6 @@ def sent_away(future: Future[Any]) -> PoolSaturated:
     error = future.exception(10)
     assert isinstance(error, PoolSaturated)
     return error
-
-
-def assert_whole(pool: QueueDoor, database: FakeDatabase, size: int) -> None:
-    """Every slot is there: the pool can hand out all of them at once, and no more."""
-    assert (pool.stats().active, pool.stats().waiting) == (0, 0)
-    pool._timeout = 0.0
-    held = [pool.connect() for _ in range(size)]
-    with pytest.raises(PoolTimeout):
-        pool.connect()
-    assert pool.stats().total == pool.stats().active == size
-    for connection in held:
-        connection.close()
-    assert database.most_open <= size
 
 
 @pytest.fixture
@@ -112,7 +111,7 @@ def test_the_sheddable_are_refused_before_the_critical(
     make_callers: Callable[..., Callers], database: FakeDatabase
 ) -> None:
     callers = make_callers(max_waiting=4)
-    held = callers.connect()
+    held = callers.held()
     waiting = [callers.waiting("critical")]
     error = callers.refused("sheddable")
     assert error.reason == "pool-saturated"
@@ -132,7 +131,7 @@ def test_the_more_critical_take_the_places_of_the_less_critical(
     make_callers: Callable[..., Callers], database: FakeDatabase, clock: FakeClock
 ) -> None:
     callers = make_callers(max_waiting=2)
-    held = callers.connect()
+    held = callers.held()
     displaced = callers.waiting("sheddable_plus")
     first = callers.waiting("critical")
     clock.advance(0.25)
@@ -152,7 +151,7 @@ def test_who_would_be_late_is_refused_on_arrival(
     make_callers: Callable[..., Callers], database: FakeDatabase, clock: FakeClock
 ) -> None:
     callers = make_callers(interval=1000.0)
-    held = callers.connect()
+    held = callers.held()
     waiting = [callers.waiting() for _ in range(4)]
     for future in waiting[:2]:
         clock.advance(1.0)
@@ -176,7 +175,7 @@ def test_the_first_in_line_is_let_in_whatever_the_last_ones_waited(
     make_callers: Callable[..., Callers], database: FakeDatabase, clock: FakeClock
 ) -> None:
     callers = make_callers()
-    held = callers.connect()
+    held = callers.held()
     waiting = callers.waiting()
     clock.advance(60.0)
     held.close()
@@ -192,7 +191,7 @@ def test_a_time_in_which_nobody_waited_is_no_reason_for_a_long_retry_after(
     make_callers: Callable[..., Callers], clock: FakeClock
 ) -> None:
     callers = make_callers()
-    held = callers.connect()
+    held = callers.held()
     waiting = callers.waiting()
     clock.advance(0.01)
     held.close()
@@ -208,7 +207,7 @@ def test_under_overload_the_newest_is_served_and_the_late_are_told_at_once(
     make_callers: Callable[..., Callers], database: FakeDatabase, clock: FakeClock
 ) -> None:
     callers = make_callers()
-    held = callers.connect()
+    held = callers.held()
     first, *late, newest = (callers.waiting() for _ in range(5))
     clock.advance(0.5)
     held.close()
@@ -235,7 +234,7 @@ def test_who_has_no_time_left_to_use_a_connection_makes_way(
     make_callers: Callable[..., Callers], database: FakeDatabase, clock: FakeClock
 ) -> None:
     callers = make_callers()
-    held = callers.connect()
+    held = callers.held()
     late, patient = callers.waiting(seconds=30.0), callers.waiting()
     clock.advance(31.0)
     held.close()
@@ -248,7 +247,7 @@ def test_a_lost_connection_sheds_and_hands_its_slot_on(
     make_callers: Callable[..., Callers], database: FakeDatabase, clock: FakeClock
 ) -> None:
     callers = make_callers()
-    held = callers.connect()
+    held = callers.held()
     late, patient = callers.waiting(seconds=30.0), callers.waiting()
     clock.advance(31.0)
     held.invalidate()
@@ -342,8 +341,8 @@ async def reason(task: asyncio.Task[Any]) -> str:
 async def assert_whole_async(pool: AsyncQueueDoor, size: int) -> None:
     assert (pool.stats().active, pool.stats().waiting) == (0, 0)
     pool._timeout = 0.0
-    held = [await take(pool) for _ in range(size)]
-    with pytest.raises(PoolTimeout):
+    held = [await by_another_task(take(pool)) for _ in range(size)]
+    with pytest.raises(PoolTimeout, match="timed out"):
         await take(pool)
     for connection in held:
         await give(connection)
@@ -357,7 +356,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 def test_tasks_have_shares_and_make_room(make_async_pool: MakeAsyncPool) -> None:
     async def main() -> None:
         pool = make_async_pool(max_waiting=4)
-        held = await take(pool)
+        held = await by_another_task(take(pool))
         sheddable = await queue_up(pool, "sheddable")
         with pytest.raises(PoolSaturated, match="1 active, 0 idle, 1 waiting") as caught:
             await take(pool, "sheddable")
@@ -377,7 +376,7 @@ def test_tasks_are_shed_at_once_and_refused_if_they_would_be_late(
 ) -> None:
     async def main() -> None:
         pool = make_async_pool()
-        held = await take(pool)
+        held = await by_another_task(take(pool))
         first, *late, newest = [await queue_up(pool) for _ in range(5)]
         for task, seconds in ((first, 0.5), (newest, 1.0)):
             clock.advance(seconds)
@@ -401,7 +400,7 @@ def test_a_task_cancelled_as_it_is_sent_away_changes_nothing(
 ) -> None:
     async def main() -> None:
         pool = make_async_pool()
-        held = await take(pool)
+        held = await by_another_task(take(pool))
         late, patient = await queue_up(pool, seconds=30.0), await queue_up(pool)
         clock.advance(31.0)
         await give(held)

@@ -12,7 +12,7 @@ from sqlalchemy import exc
 
 import resilientdb as rdb
 from resilientdb.errors import CircuitOpen, DeadlineExceeded, PoolSaturated, PoolTimeout
-from tests.engine.conftest import by_another
+from tests.engine.conftest import assert_whole, by_another, until, until_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,34 +23,8 @@ if TYPE_CHECKING:
     MakePool = Callable[..., QueueDoor]
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Other threads reach a state that can be seen but not waited for."""
-    give_up = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < give_up, f"never: {what}"
-        time.sleep(0.001)
-
-
-def until_waiting(pool: QueueDoor, number: int) -> None:
-    until(lambda: pool.stats().waiting == number, f"{number} waiting")
-
-
 def no_retry(**queue: Any) -> rdb.Resilience:
     return rdb.Resilience(retry=rdb.RetryPolicy(attempts=1), queue=rdb.SaturationQueue(**queue))
-
-
-def assert_whole(pool: QueueDoor, database: FakeDatabase, size: int) -> None:
-    """Every slot is there: the pool can hand out all of them at once, and no more."""
-    assert pool.stats().active == 0
-    assert pool.stats().waiting == 0
-    pool._timeout = 0.0
-    held = [by_another(pool.connect) for _ in range(size)]
-    with pytest.raises(PoolTimeout, match="timed out"):
-        pool.connect()
-    assert pool.stats().total == pool.stats().active == size
-    for connection in held:
-        connection.close()
-    assert database.most_open <= size
 
 
 # -- order ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import resilientdb as rdb
 from resilientdb.engine.cluster import Cluster
 from resilientdb.engine.pool import AsyncQueueDoor
 from resilientdb.errors import CircuitOpen, DeadlineExceeded, PoolSaturated, PoolTimeout
+from tests.engine.conftest import by_another_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -71,8 +72,8 @@ async def assert_whole(pool: AsyncPool, size: int) -> None:
     await until(lambda: pool.stats().active == 0)
     assert pool.stats().waiting == 0
     pool._timeout = 0.0
-    held = [await pool.take() for _ in range(size)]
-    with pytest.raises(PoolTimeout):
+    held = [await by_another_task(pool.take()) for _ in range(size)]
+    with pytest.raises(PoolTimeout, match="timed out"):
         await pool.take()
     assert pool.stats().total == pool.stats().active == size
     for connection in held:
@@ -97,7 +98,7 @@ def test_first_come_first_served(make_pool: Callable[..., AsyncPool]) -> None:
             await asyncio.sleep(0)
             await give(connection)
 
-        held = await pool.take()
+        held = await by_another_task(pool.take())
         tasks = [asyncio.create_task(work(number)) for number in range(6)]
         await until(lambda: pool.stats().waiting == 6)
         await give(held)
@@ -113,7 +114,7 @@ def test_timeout_and_full_line(make_pool: Callable[..., AsyncPool]) -> None:
     async def main() -> None:
         policy = rdb.Resilience(queue=rdb.SaturationQueue(max_waiting=1))
         pool = make_pool(1, resilience=policy, timeout=0.05)
-        held = await pool.take()
+        held = await by_another_task(pool.take())
         first = asyncio.create_task(pool.take())
         await until(lambda: pool.stats().waiting == 1)
         with pytest.raises(PoolSaturated):
@@ -150,7 +151,7 @@ def test_who_waits_is_told_when_the_circuit_opens_in_another_thread(
 ) -> None:
     async def main() -> None:
         pool = make_pool(1, timeout=None)
-        held = await pool.take()
+        held = await by_another_task(pool.take())
         tasks = [asyncio.create_task(pool.take()) for _ in range(3)]
         await until(lambda: pool.stats().waiting == 3)
         await asyncio.to_thread(pool.node.breaker.open)
@@ -218,7 +219,7 @@ def test_cancelled_in_the_same_step_in_which_it_is_served(
 ) -> None:
     async def main() -> None:
         pool = make_pool(1)
-        held = await pool.take()
+        held = await by_another_task(pool.take())
         tasks = [asyncio.create_task(pool.take()) for _ in range(4)]
         await until(lambda: pool.stats().waiting == 4)
         if order == "cancelled, returned":
@@ -242,7 +243,7 @@ def test_cancelled_in_the_same_step_in_which_it_is_served(
 def test_wait_for_task_group_and_cancel_scope(make_pool: Callable[..., AsyncPool]) -> None:
     async def main() -> None:
         pool = make_pool(1, timeout=60.0)
-        held = await pool.take()
+        held = await by_another_task(pool.take())
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(pool.take(), 0.02)
         with pytest.raises(TimeoutError):
@@ -300,7 +301,7 @@ def test_many_tasks_cancelled_at_random(make_pool: Callable[..., AsyncPool], dat
 def test_a_deadline_bounds_the_wait(make_pool: Callable[..., AsyncPool]) -> None:
     async def main() -> None:
         pool = make_pool(1)
-        held = await pool.take()
+        held = await by_another_task(pool.take())
         with rdb.deadline(0.03), pytest.raises(DeadlineExceeded):
             await pool.take()
         await give(held)

@@ -17,7 +17,8 @@ import sqlalchemy as sa
 
 import resilientdb as rdb
 from resilientdb.errors import CircuitOpen, DeadlineExceeded, PoolSaturated, PoolTimeout
-from tests.engine.conftest import by_another
+from resilientdb.policy.saturation import Refusal
+from tests.engine.conftest import assert_whole, by_another
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,17 +63,6 @@ def run_together(*works: Callable[[], object]) -> None:
         raise errors[0]
 
 
-def assert_whole(pool: QueueDoor, database: FakeDatabase, size: int) -> None:
-    stats = pool.stats()
-    assert (stats.active, stats.waiting) == (0, 0)
-    pool._timeout = 0.0
-    held = [pool.connect() for _ in range(size)]
-    assert pool.stats().total == pool.stats().active == size
-    for connection in held:
-        connection.close()
-    assert database.most_open <= size
-
-
 @pytest.mark.usefixtures("_hurried")
 @pytest.mark.parametrize("size", [1, 4])
 def test_no_wake_up_is_lost(make_pool: MakePool, database: FakeDatabase, size: int) -> None:
@@ -87,8 +77,8 @@ def test_no_wake_up_is_lost(make_pool: MakePool, database: FakeDatabase, size: i
             pool.connect().close()
 
     run_together(*[work] * (4 * size if size > 1 else 6))
-    assert_whole(pool, database, size)
     assert pool.stats().timeouts == 0
+    assert_whole(pool, database, size)
 
 
 def test_a_waiter_that_joins_in_the_middle_of_a_checkin(make_pool: MakePool) -> None:
@@ -131,6 +121,25 @@ def test_a_checkin_in_the_middle_of_joining(make_pool: MakePool) -> None:
     pool._slots.admission = _Patched(admission, "join", join)  # type: ignore[assignment]
     pool.connect().close()
     assert pool.stats().waited == 1
+
+
+def test_a_checkin_in_the_middle_of_being_refused(make_pool: MakePool, database: FakeDatabase) -> None:
+    """What the newcomer was thought to hold, so that it would wait for itself, is there for it to take."""
+    pool = make_pool(1, timeout=0.0)
+    held = pool.connect()
+    admission = pool._admission
+    answers: list[object] = []
+
+    def join(waiter: Any, *rest: Any) -> Any:
+        held.close()
+        answers.append(admission.join(waiter, *rest))
+        return answers[-1]
+
+    pool._slots.admission = _Patched(admission, "join", join)  # type: ignore[assignment]
+    pool.connect().close()
+    assert answers == [Refusal.DEADLOCK]
+    pool._slots.admission = admission
+    assert_whole(pool, database, 1)
 
 
 @pytest.mark.usefixtures("_hurried")

@@ -14,6 +14,7 @@ import resilientdb as rdb
 from resilientdb.engine import retrying
 from resilientdb.errors import DeadlineExceeded, PoolTimeout
 from resilientdb.events import AcquisitionRetried, Event, RetryBudgetExhausted
+from tests.engine.conftest import by_another
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -257,10 +258,14 @@ def test_what_no_attempt_can_mend_is_tried_once(
 def test_our_own_refusals_are_not_retried(make_pool: MakePool) -> None:
     pool = make_pool(1, timeout=0, resilience=policy_of(attempts=9))
     events = listen(pool)
-    held = pool.connect()
-    with pytest.raises(PoolTimeout):
+    held = by_another(pool.connect)
+    with pytest.raises(PoolTimeout, match="timed out"):
         pool.connect()
     with rdb.deadline(0), pytest.raises(DeadlineExceeded):
+        pool.connect()
+    held.close()
+    held = pool.connect()
+    with pytest.raises(PoolTimeout, match="wait for itself"):
         pool.connect()
     held.close()
     assert events == []

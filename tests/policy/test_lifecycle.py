@@ -445,4 +445,4 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
-TestPool.settings = hypothesis.settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestPool.settings = hypothesis.settings(stateful_step_count=40)

@@ -143,6 +143,12 @@ def test_there_is_none_while_somebody_else_has_a_slot() -> None:
     assert admission.join(first) is Refusal.DEADLOCK
 
 
+def test_there_is_none_where_a_slot_may_still_be_made() -> None:
+    admission = make(limit=1)
+    admission.limit = 2
+    assert admission.join(Waiter(holds=1)) is None
+
+
 @pytest.mark.parametrize("how", ["leave", "dismiss", "late"])
 def test_who_waits_no_longer_holds_nobody_up(how: str) -> None:
     admission = make(limit=3, max_waiting=None)

@@ -100,6 +100,18 @@ def test_the_timer_rests_as_long_as_nothing_can_have_changed() -> None:
     assert idle.admission.next_stall(0.0) is None, "nobody waits"
 
 
+def test_who_is_overdue_already_is_seen_to_at_once() -> None:
+    """The verdict was reached as somebody was served, and then nothing came any more."""
+    pool = Watched()
+    waiters = [pool.join() for _ in range(4)]
+    pool.admission.serve(1.0)
+    pool.admission.serve(2.5)
+    assert pool.admission.overloaded()[Lane.CRITICAL]
+    assert pool.admission.next_stall(2.5) == TARGET / 2
+    assert pool.admission.stalled(2.5) == waiters[1:2]
+    assert pool.admission.next_stall(2.5) == 2 * TARGET, "then not before somebody else can be too old"
+
+
 def test_where_overload_is_never_called_nobody_watches() -> None:
     pool = Watched(interval=math.inf)
     waiters = [pool.join() for _ in range(3)]
@@ -160,6 +172,7 @@ def test_unless_something_speaks_for_it(how: str) -> None:
     if how == "served":
         assert pool.admission.serve(pool.now) == ([], last)
     elif how == "dismissed":
+        assert pool.admission.leave(pool.join(), pool.now)
         assert pool.admission.dismiss() == [last]
     else:
         assert pool.admission.leave(last, None if how == "it went for another reason" else pool.now)
@@ -167,6 +180,26 @@ def test_unless_something_speaks_for_it(how: str) -> None:
     pool.join(remaining=1.0)
     assert not any(pool.admission.overloaded())
     pool.join(remaining=1.0)
+
+
+@pytest.mark.parametrize(("interval", "remembered"), [(0.2, 0.2), (1.0, 1.0), (math.inf, 1.0)])
+def test_how_long_a_deserted_line_is_remembered(interval: float, remembered: float) -> None:
+    pool = Watched(interval=interval)
+    pool.join()
+    pool.until(0.01)
+    pool.admission.serve(pool.now)
+    waiter = pool.join()
+    pool.until(8.01)
+    assert pool.admission.leave(waiter, pool.now)
+    expected = [
+        pool.admission.expected_wait(Lane.CRITICAL, pool.now + pause)
+        for pause in (0.0, remembered * 0.9, remembered * 1.1)
+    ]
+    assert expected == [
+        pytest.approx(4.0),
+        pytest.approx(4.0, abs=remembered / 2),
+        pytest.approx(0.01),
+    ]
 
 
 def test_who_has_too_little_time_left_goes_with_them() -> None:

@@ -285,7 +285,8 @@ def test_who_has_the_place_in_memory_of_one_that_is_gone(
     wait(0)
     place = id(first)
     del first
-    second = next((one for one in (Subject() for _ in range(1000)) if id(one) == place), None)
+    others = [Subject() for _ in range(10_000)]
+    second = next((one for one in others if id(one) == place), None)
     if second is None:
         pytest.skip("memory is not used again here")
     keeper.nudge(second, 7)

@@ -92,7 +92,8 @@ class Controller:
 class Gradient2(Controller):
     """Netflix's rule (``concurrency-limits``): a long mean of the latency, divided by the latest.
 
-    As published, but for the bounds, which are a pool's, and for the queue it allows, which is the root of the limit.
+    As published, but for the bounds, which are a pool's, the queue it allows, which is the root of the limit, and the
+    median in place of the mean.
     """
 
     tolerance = 1.5

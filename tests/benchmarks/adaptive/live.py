@@ -37,7 +37,7 @@ _CANDIDATES: tuple[type[Controller], ...] = (Anchored, Vegas)
 _WINDOW = 0.25
 _SEARCHES, _SEARCH = 2, 4.0
 """Turns to find a limit in, and their seconds."""
-_ROUNDS, _BEFORE, _TURN = 2, 0.5, 1.5
+_ROUNDS, _BEFORE, _TURN = 2, 0.4, 1.3
 """Turns; seconds before each that do not count, while connections are opened; and its own seconds."""
 _QUEUE = rdb.SaturationQueue(max_waiting=_CALLERS, interval=3600.0)
 """Room for all, and no shedding: nothing but the limit differs, and only a deadline out of reach is refused."""

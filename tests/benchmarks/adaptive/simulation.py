@@ -66,7 +66,7 @@ def _steady(name: str, rate: float, *kinds: Kind, **options: float) -> Scenario:
     return Scenario(name, (Phase(60, rate, kinds or (Kind(1.0, 0.02),)),), **options)
 
 
-_FAST, _AWAY, _SLEEP = Kind(1.0, 0.02), Kind(1.0, 0.02, 0.08), Kind(1.0, 0.0, 0.1)
+_AWAY, _SLEEP = Kind(1.0, 0.02, 0.08), Kind(1.0, 0.0, 0.1)
 _FAST_AND_SLOW = (Kind(0.9, 0.01), Kind(0.1, 0.11))
 _AND_REPORTS = (Kind(0.7, 0.02), Kind(0.3, 0.0, 0.3))
 

@@ -68,6 +68,7 @@ class Result:
 
     figures: dict[str, Any]
     late: float
+    judged: bool = True
 
     @property
     def disturbance(self) -> float:
@@ -76,7 +77,7 @@ class Result:
 
     @property
     def valid(self) -> bool:
-        return self.disturbance <= 1
+        return not self.judged or self.disturbance <= 1
 
 
 class Course:
@@ -106,7 +107,7 @@ class Course:
             measured = json.loads(said.splitlines()[-1])
             best = max(self._best.get((mode, query_time), 0.0), float(measured["capacity"]))
             self._best[mode, query_time] = best
-            if measured["held_up"] <= _HELD_UP:
+            if measured["held_up"] <= _HELD_UP or not self.scale.judged:
                 break
         return best
 
@@ -144,7 +145,8 @@ class Course:
                 whole = sum(seconds for seconds, _ in phases)
                 said, _ = service.communicate(timeout=whole + _PATIENCE)
                 _, told = arrivals.communicate(timeout=_PATIENCE)
-        return Result(json.loads(said.splitlines()[-1]), json.loads(told.splitlines()[-1])["late_p99"])
+        late = json.loads(told.splitlines()[-1])["late_p99"]
+        return Result(json.loads(said.splitlines()[-1]), late, self.scale.judged)
 
 
 def row(
