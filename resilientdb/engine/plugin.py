@@ -16,7 +16,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import QueuePool
 
 from resilientdb.config import URL_PREFIX, resolve
-from resilientdb.engine import hooks
+from resilientdb.engine import hooks, ping
 from resilientdb.engine.cluster import Cluster
 from resilientdb.engine.connector import Connector, node_name
 from resilientdb.engine.control import remember_disabled
