@@ -55,6 +55,7 @@ PURE = [
 LOCKS_AND_SLEEPS = {"threading", "time", "asyncio", "queue", "select", "concurrent", "sched"}
 MAY_LOCK_OR_SLEEP = {
     "engine/pool.py": "its tasks wait in SQLAlchemy's greenlets; knows who asks by thread and task",
+    "engine/compat.py": "asyncio's question for the running loop that does not raise",
     "engine/holders.py": "names threads and tasks",
     "engine/shared.py": "its lock guards the list of limiters",
     "engine/upkeep.py": "has threads, or tasks of the pool's loop, do what takes time",

@@ -5,6 +5,7 @@ Each exists with the same meaning in 2.0.40 and 2.1; a test of each runs on both
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,13 @@ __all__ = [
     "greenlet_spawn",
     "record_of",
     "record_of_connection",
+    "running_loop",
 ]
 
 ConnectionRecord = _ConnectionRecord
+
+running_loop = asyncio._get_running_loop  # noqa: SLF001
+"""The event loop that runs in this thread, or None: ``asyncio.get_running_loop`` without the exception."""
 
 checkout = _ConnectionFairy._checkout  # noqa: SLF001
 """All that ``Pool.connect`` does."""

@@ -56,8 +56,8 @@ class Record(ConnectionRecord):
 
     since = 0.0
     """When the last checkout began."""
-    holder: int | None = None
-    """The thread, or the task (its ``id``), that it was handed to."""
+    holder: Any = None
+    """Whom it was handed to: a thread's ident, a task; None once it is back."""
     caller: Caller | None = None
     """The flow of work that it was handed to."""
     place: Place = []  # noqa: RUF012 - never changed, only replaced
@@ -235,6 +235,7 @@ class Door(Pool):
     def _conclude(self, record: Any) -> None:
         """The checkout is over: end its appointment, record its outcome."""
         record.owes = False
+        record.holder = None
         notes: RequestRecord | None = getattr(record, "notes", None)
         if notes is not None:
             record.notes = None
@@ -259,6 +260,7 @@ class Door(Pool):
     def recreate(self) -> Any:
         self.logger.info("Pool recreating")
         self.retire()
+        self.node.former.add(self)
         return type(self)(
             self._creator,
             resilientdb_cluster=self.cluster,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from resilientdb.engine.cluster import Cluster
+    from resilientdb.engine.door import Door
 
 __all__ = ["begin", "finish", "may_finish", "pauses", "refusal"]
 
@@ -37,7 +38,7 @@ def may_finish(cluster: Cluster) -> bool:
     notes = current_record()
     if notes is not None and cluster.draining_since is not None and notes.began < cluster.draining_since:
         return True
-    return any(node.pool.mine() for node in cluster.nodes if node.pool is not None)
+    return any(pool.mine() for pool in _pools(cluster))
 
 
 def refusal() -> PoolDraining:
@@ -47,17 +48,26 @@ def refusal() -> PoolDraining:
 def pauses(cluster: Cluster, timeout: float) -> Iterator[float]:
     """How long to pause before looking again, for as long as connections are out and ``timeout`` seconds allow."""
     ends = monotonic() + timeout
-    while cluster.busy and (left := ends - monotonic()) > 0:
+    while _is_busy(cluster) and (left := ends - monotonic()) > 0:
         yield min(_LOOK_EVERY, left)
 
 
 def finish(cluster: Cluster) -> bool:
     """Send away who still waits, close what is idle, and what is still out when it comes back. True when nothing
     was out any more."""
-    done = not cluster.busy
-    for node in cluster.nodes:
-        if node.pool is not None:
-            node.pool.dismiss_waiting(refusal)
-            node.pool.dispose()
-            node.pool.retire()
+    done = not _is_busy(cluster)
+    for pool in _pools(cluster):
+        pool.dismiss_waiting(refusal)
+        pool.dispose()
+        pool.retire()
     return done
+
+
+def _is_busy(cluster: Cluster) -> bool:
+    return any(pool.load for pool in _pools(cluster))
+
+
+def _pools(cluster: Cluster) -> list[Door]:
+    """The pools of all nodes, also those that have been replaced but not yet forgotten: somebody has a connection."""
+    inner = [pool for node in cluster.nodes for pool in (node.pool, *node.former) if pool is not None]
+    return [pool for pool in inner if pool is not cluster.front]

@@ -167,14 +167,13 @@ class _Psycopg(_Libpq):
 
     def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
         connection: Any = dbapi_connection
-        if not self.is_idle(connection):
-            return False
         level = connection.isolation_level
         return (
             getattr(connection, "_autocommit", None) is False
+            and (default_isolation == _ALONE if level is None else level == _PSYCOPG_READ_COMMITTED)
             and not connection.read_only
             and not connection.deferrable
-            and (default_isolation == _ALONE if level is None else level == _PSYCOPG_READ_COMMITTED)
+            and self.is_idle(connection)
         )
 
     def withhold_begin(self, dbapi_connection: object) -> None:

@@ -12,7 +12,6 @@ from resilientdb.stats import Holder
 
 if TYPE_CHECKING:
     import asyncio
-    import weakref
     from collections.abc import Iterable, Sequence
 
 __all__ = ["describe_holder", "holders", "mine"]
@@ -61,6 +60,5 @@ def describe_holder(holder: Holder) -> str:
     return f"{holder.seconds:.2f} s by {f'{holder.route} ({by})' if holder.route else by}"
 
 
-def _task_name(holder: weakref.ref[asyncio.Task[Any]] | None) -> str | None:
-    task = holder() if holder is not None else None
-    return task.get_name() if task is not None else None
+def _task_name(holder: asyncio.Task[Any] | None) -> str | None:
+    return None if holder is None else holder.get_name()

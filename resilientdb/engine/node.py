@@ -37,6 +37,8 @@ class Node:
         self.connector = connector
         """Opens driver connections to this node; None: the user's own ``creator`` does."""
         self.pool: Door | None = None
+        self.former: weakref.WeakSet[Door] = weakref.WeakSet()
+        """Pools that ``pool`` has replaced and whose connections may still be out."""
         self.tally = Tally()
         policy = cluster.resilience.breaker
         # An asynchronous creator of the user's own may belong to the application's loop; the prober has another.

@@ -15,20 +15,20 @@ import functools
 import math
 import sys
 import threading
-import weakref
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util.queue import Empty
 
 from resilientdb.engine import refusals
-from resilientdb.engine.compat import await_only, checkout, greenlet_spawn
+from resilientdb.engine.compat import await_only, checkout, greenlet_spawn, running_loop
 from resilientdb.engine.door import Door, Record
-from resilientdb.engine.holders import holders, mine
+from resilientdb.engine.holders import holders
 from resilientdb.engine.ping import answers
-from resilientdb.engine.shared import SharedSlots, current_worker, limiter
+from resilientdb.engine.shared import SharedSlots, current_thread, limiter
 from resilientdb.engine.slots import Slots
-from resilientdb.engine.upkeep import PoolUpkeep
+from resilientdb.engine.upkeep import PoolUpkeep, in_upkeep
 from resilientdb.errors import ConfigurationError, PoolSaturated, ResilienceError
 from resilientdb.policy.breaker import Permit
 from resilientdb.policy.saturation import Admission, Lane, Refusal
@@ -86,6 +86,8 @@ class QueueDoor(Door, QueuePool):
     """
 
     _queue_class: Any = IdleConnections
+    _home: Any = None
+    """The event loop that its connections belong to; None: to none."""
     _whoami: Callable[[], Any] = staticmethod(threading.get_ident)
     """Who is to hold the connection: a thread's ident, a weak reference to a task."""
 
@@ -158,7 +160,8 @@ class QueueDoor(Door, QueuePool):
         queue = self.cluster.resilience.queue
         limit = limiter(shared, self.node.name, self._admission, queue, patient=self.cluster.patient)
         self._admission = limit.admission
-        self._whoami = current_worker
+        if not self._dialect.is_async:
+            self._whoami = current_thread
         return SharedSlots(limit, **options)
 
     # -- QueuePool's bookkeeping, kept truthful ------------------------------------------------------------
@@ -215,6 +218,8 @@ class QueueDoor(Door, QueuePool):
 
     def _do_get(self) -> Any:
         permit = self._breaker.permit
+        if self._home is not None and running_loop() is not self._home:
+            self._move_to(running_loop())
         if permit is None:
             return self._get_as_probe()
         try:
@@ -258,7 +263,12 @@ class QueueDoor(Door, QueuePool):
     def _get_thoroughly(self) -> Any:
         """``_do_get`` where every checkout goes the long way."""
         permit = self._breaker.permit
+        if self._home is not None and running_loop() is not self._home:
+            self._move_to(running_loop())
         return self._get_as_probe() if permit is None else self._get_slowly(permit)
+
+    def _move_to(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        """The caller runs in another event loop than before."""
 
     def _get_slowly(self, permit: Permit, record: Any = None) -> Any:
         """``record``: an idle one that has been taken already; None: take a slot, or wait for one."""
@@ -293,7 +303,7 @@ class QueueDoor(Door, QueuePool):
         waiter = self._make_waiter()
         lane = Lane[current_criticality().upper()]
         left = None if deadline is None else deadline.remaining()
-        waiter.holds = len(mine(self._slots.all_out(), self._whoami()))
+        waiter.holds = len(self._slots.mine(self._whoami()))
         patience: float | None = self._timeout
         if left is not None:
             patience = left if patience is None else min(patience, left)
@@ -304,8 +314,8 @@ class QueueDoor(Door, QueuePool):
                 self._upkeep.line_formed()
                 woken = waiter.park(patience)
         except BaseException:
-            if not self._slots.leave(waiter) and waiter.refusal is None and waiter.granted is not None:
-                self._slots.give_back(waiter.granted)
+            if not self._slots.leave(waiter) and waiter.refusal is None:
+                self._slots.take_back(waiter)
             raise
         if isinstance(answer, Refusal):
             raise refusals.nested(self) if answer is Refusal.DEADLOCK else self._refuse(waiter, answer)
@@ -469,6 +479,7 @@ class QueueDoor(Door, QueuePool):
             and len(idle) < slots.keep
         ):
             breaker.answered += 1
+            record.holder = None  # a task that has ended need not be kept
             idle.append(record)
             if admission.waiting or len(idle) > slots.keep:
                 slots.rebalance()
@@ -543,7 +554,7 @@ class QueueDoor(Door, QueuePool):
 
     def mine(self) -> list[Holder]:
         """What the caller itself holds."""
-        held = mine(self._slots.all_out(), self._whoami())
+        held = self._slots.mine(self._whoami())
         return [holder for record in held for holder in record._pool.holders((record,))]  # noqa: SLF001
 
     @property
@@ -613,26 +624,24 @@ def _same_failure(error: Exception) -> Exception:
     return told
 
 
-def _current_task() -> weakref.ref[asyncio.Task[Any]] | None:
-    """By weak reference: the ``id`` of a task that has ended is soon that of another."""
-    task = asyncio.current_task()
-    return None if task is None else weakref.ref(task)
+_NOWHERE: Any = object()
+"""The home of a pool for tasks that has no connections yet."""
 
 
 class AsyncQueueDoor(QueueDoor, AsyncAdaptedQueuePool):
     """The pool of one node, for tasks of an event loop. Runs inside SQLAlchemy's greenlets."""
 
-    _whoami = staticmethod(_current_task)
-    loop: asyncio.AbstractEventLoop | None = None
-    """The loop that its connections belong to, as long as it has any."""
+    _home = _NOWHERE
+    _whoami = staticmethod(asyncio.current_task)
 
-    def _do_get(self) -> Any:
-        loop = asyncio.get_running_loop()
-        if loop is not self.loop:
-            self._belong_to(loop)
-        return super()._do_get()
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The loop that its connections belong to; None while it has had none."""
+        return None if self._home is _NOWHERE else self._home
 
-    def _belong_to(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _move_to(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        if loop is None:
+            raise MissingGreenlet("an AsyncEngine's connections are to be had in an event loop only")
         if self.loop is not None and self._slots.total:
             raise ConfigurationError(
                 f"the connections of {self.node.name} belong to another event loop"
@@ -640,7 +649,32 @@ class AsyncQueueDoor(QueueDoor, AsyncAdaptedQueuePool):
                 "time; make one engine a loop, or await engine.dispose() at the end of the first loop",
                 key="engine",
             )
-        self.loop = loop
+        self._home = loop
+
+    def _conclude(self, record: Any) -> None:
+        if record.dbapi_connection is None and running_loop() is not self._home:
+            # Forgotten, and collected in another thread, where SQLAlchemy looks at the record once more after this:
+            # it must not find it in use again, and check it in a second time.
+            record.opened_at = 0.0
+        super()._conclude(record)
+
+    def retire(self) -> None:
+        super().retire()
+        if self._disposed and self.loop is not None and self.loop is running_loop():
+            with contextlib.suppress(MissingGreenlet):  # disposed of without being awaited
+                await_only(self._upkeep.finish())
+
+    def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
+        if not in_upkeep():
+            super()._close_connection(connection, terminate=terminate)
+            return
+        # As SQLAlchemy's, which would report the cancellation of this task as an error: a loop that is about to end
+        # cancels whatever runs in it.
+        self._tally.closed += 1
+        try:
+            (self._dialect.do_terminate if terminate else self._dialect.do_close)(connection)
+        except Exception:
+            self.logger.exception("Exception closing connection %r", connection)
 
     def _make_waiter(self) -> Waiter:
         return TaskWaiter(asyncio.get_running_loop(), await_only)

@@ -78,6 +78,7 @@ class _Reads:
             self._execute_no_params(cursor, statement, context)
 
     def _may_go_alone(self, statement: Any, context: Any) -> bool:
+        """Whether the statement itself allows it."""
         compiled = context.compiled
         is_select = compiled is not None and isinstance(compiled.statement, SelectBase)
         known = self._selects if is_select else self._texts
@@ -98,6 +99,7 @@ class _Reads:
         )
 
     def _go_alone(self, context: Any, execute: Callable[..., None], *arguments: Any) -> None:
+        """Without BEGIN, if the state of the connection allows it."""
         connection = context.root_connection.connection.dbapi_connection
         default = None if self._level_is_set else getattr(self._dialect, "default_isolation_level", None)
         if not self._driver.may_withhold_begin(connection, default):

@@ -87,6 +87,7 @@ class Router(Door):
     def retire(self) -> None:
         for door in self._doors.values():
             door.retire()
+            door.node.former.add(door)
 
     def status(self) -> str:
         return "; ".join(f"{name}: {door.status()}" for name, door in self._doors.items())

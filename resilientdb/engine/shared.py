@@ -15,6 +15,8 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from resilientdb.engine.compat import running_loop
+from resilientdb.engine.holders import mine
 from resilientdb.engine.slots import Slots
 from resilientdb.errors import ConfigurationError
 from resilientdb.policy.saturation import Admission, Refusal
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from resilientdb.policy.saturation import Lane
     from resilientdb.runtime.waiters import Waiter
 
-__all__ = ["Limiter", "SharedSlots", "current_worker", "limiter"]
+__all__ = ["Limiter", "SharedSlots", "current_thread", "limiter"]
 
 
 class Limiter:
@@ -130,14 +132,31 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def current_worker() -> int:
-    """Who asks, for a pool whose slots others draw on: the task, also where it asks a synchronous engine, else the
-    thread. One name for both kinds, so that it is known who holds a connection of the other engine."""
-    if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the question that does not raise
-        task = asyncio.current_task()
-        if task is not None:
-            return id(task)
-    return threading.get_ident()
+class _Thread(int):
+    """A thread by its ident, and which of its tasks had it."""
+
+    task: asyncio.Task[Any] | None = None
+
+
+def current_thread() -> int:
+    """Who asks a pool of threads."""
+    task = _current_task()
+    if task is None:
+        return threading.get_ident()
+    thread = _Thread(threading.get_ident())
+    thread.task = task
+    return thread
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    return None if running_loop() is None else asyncio.current_task()
+
+
+def _is_same(holder: Any, thread: int, task: asyncio.Task[Any] | None) -> bool:
+    """Whether what holds a connection, of a pool of threads or of tasks, is what runs now."""
+    if isinstance(holder, int):
+        return holder == thread and getattr(holder, "task", None) == task
+    return task is not None and holder == task
 
 
 class SharedSlots(Slots):
@@ -199,6 +218,17 @@ class SharedSlots(Slots):
             return None
         self._total += 1
         return self._bare()
+
+    def mine(self, me: Any) -> list[Any]:  # noqa: ARG002 - known by other names in the other pools
+        """Of all the pools: a task that has a connection of its AsyncEngine and waits for one of the Engine's keeps
+        the one it has, and the other way round. A thread that it has started may wait without it."""
+        thread, task = threading.get_ident(), _current_task()
+        return [
+            record
+            for slots in self._limiter.pools()
+            for record in slots.out()
+            if _is_same(record.holder, thread, task) and mine((record,), record.holder)
+        ]
 
     # -- back ----------------------------------------------------------------------------------------------
 
@@ -272,11 +302,8 @@ class SharedSlots(Slots):
     def _dismiss(self, outcome: Callable[[], BaseException]) -> None:
         # Those of this pool only: what happened to its node's circuit is not the other engine's.
         for waiter in tuple(self._waiters):
-            if self.admission.leave(waiter):
+            if self.admission.leave(waiter, monotonic()):
                 self._tell(waiter, outcome)
-
-    def all_out(self) -> list[Any]:
-        return [record for slots in self._limiter.pools() for record in slots.out()]
 
     # -- after a fork --------------------------------------------------------------------------------------
 

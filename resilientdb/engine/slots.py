@@ -11,6 +11,7 @@ import logging
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from resilientdb.engine.holders import mine
 from resilientdb.policy.lifecycle import Retirement
 from resilientdb.policy.saturation import Admission, Lane, Refusal
 from resilientdb.runtime.clock import monotonic
@@ -95,7 +96,7 @@ class Slots:
         return self.section.run(self._leave, waiter)
 
     def _leave(self, waiter: Waiter) -> bool:
-        return self.admission.leave(waiter)
+        return self.admission.leave(waiter, monotonic())
 
     def _take(self) -> Any:
         record = self._nearest()
@@ -252,7 +253,14 @@ class Slots:
 
     def _wake(self, waiter: Waiter) -> None:
         if not waiter.wake():
-            self.give_back(waiter.granted)  # its event loop exists no longer
+            self.take_back(waiter)  # its event loop exists no longer
+
+    def take_back(self, waiter: Waiter) -> None:
+        """A waiter that was served is not there any more: what it was given is somebody else's. Once, whoever finds
+        out first."""
+        granted = self.section.run(_ungrant, waiter)
+        if granted is not None:
+            self.give_back(granted)
 
     # -- when connecting fails -----------------------------------------------------------------------------
 
@@ -376,9 +384,9 @@ class Slots:
         records = (reference() for reference in tuple(self.records.values()))
         return [record for record in records if record is not None and record.fairy_ref is not None]
 
-    def all_out(self) -> list[Any]:
-        """As ``out``, of all the pools that draw on the same slots."""
-        return self.out()
+    def mine(self, me: Any) -> list[Any]:
+        """The records that the caller itself holds, of those that count against the same limit."""
+        return mine(self.out(), me)
 
     def after_fork(self) -> None:
         """In the child: the connections are the parent's, and so are the threads that waited."""
@@ -397,3 +405,8 @@ class Slots:
         self._cold.clear()
         self.records.clear()
         self.admission.total = 0
+
+
+def _ungrant(waiter: Waiter) -> Any:
+    granted, waiter.granted = waiter.granted, None
+    return granted

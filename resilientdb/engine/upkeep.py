@@ -14,7 +14,7 @@ import random
 import threading
 from typing import TYPE_CHECKING, Any
 
-from resilientdb.engine.compat import greenlet_spawn
+from resilientdb.engine.compat import greenlet_spawn, running_loop
 from resilientdb.engine.holders import describe_holder
 from resilientdb.engine.ping import answers
 from resilientdb.engine.stacks import here
@@ -31,13 +31,16 @@ if TYPE_CHECKING:
     from resilientdb.engine.slots import Slots
     from resilientdb.stats import Holder
 
-__all__ = ["PoolUpkeep"]
+__all__ = ["PoolUpkeep", "in_upkeep"]
 
 logger = logging.getLogger("resilientdb")
 
 _OPEN_AGAIN = 1.0
 """Seconds until a pool looks again whether it can open a connection that is missing: the circuit says no, all
 slots are taken, the event loop is closed, or there are no threads to be had."""
+
+_LAST_MOMENT = 1.0
+"""Most seconds that the disposal of an asynchronous engine waits for what is being done in the background."""
 
 _IN_PROCESS = frozenset({"sqlite", "duckdb"})
 """Databases in this process: they have no sessions to be lost, and may end with their last connection."""
@@ -233,7 +236,7 @@ class PoolUpkeep:
     def _open_one(self, loop: asyncio.AbstractEventLoop | None) -> None:
         pause = _OPEN_AGAIN
         try:
-            if self._pool.open_in_background():
+            if self._slots.keep and self._pool.open_in_background():
                 pause = 0.0
         finally:
             with contextlib.suppress(ValueError):  # a fork, meanwhile
@@ -242,6 +245,15 @@ class PoolUpkeep:
             self._is_looking = True
             keeper.nudge(self, pause)
 
+    async def finish(self) -> None:
+        """Wait a moment for what is being done in this loop: at the loop's end it would be cancelled half-way, of
+        which drivers complain."""
+        await asyncio.sleep(0)  # what has been said to the loop, it has begun
+        loop = asyncio.get_running_loop()
+        running = [task for task, whose in tuple(_tasks.items()) if whose is self and task.get_loop() is loop]
+        if running:
+            await asyncio.wait(running, timeout=_LAST_MOMENT)
+
     def _aside(self, work: Callable[[], None]) -> bool:
         """Have ``work`` done without waiting for it; its errors are logged. False: it cannot be done now."""
         if not self._pool.cluster.dialect.is_async:
@@ -249,20 +261,25 @@ class PoolUpkeep:
         loop = self._loop
         try:
             if loop is not None:
-                loop.call_soon_threadsafe(_spawn, work)
+                loop.call_soon_threadsafe(_spawn, self, work)
         except RuntimeError:
             return False  # closed, and its connections are of no use any more
         return loop is not None
 
 
-_tasks: set[asyncio.Task[Any]] = set()
-"""Strong references: a loop keeps only weak ones to its tasks."""
+_tasks: dict[asyncio.Task[Any], PoolUpkeep] = {}
+"""What is being done, and whose it is. Strong references: a loop keeps only weak ones to its tasks."""
 
 
-def _spawn(work: Callable[[], None]) -> None:
+def in_upkeep() -> bool:
+    """Whether this runs in a task in which connections are looked after, rather than used."""
+    return running_loop() is not None and asyncio.current_task() in _tasks
+
+
+def _spawn(whose: PoolUpkeep, work: Callable[[], None]) -> None:
     task = asyncio.ensure_future(greenlet_spawn(_logged, work))
-    _tasks.add(task)
-    task.add_done_callback(_tasks.discard)
+    _tasks[task] = whose
+    task.add_done_callback(_tasks.pop)
 
 
 def _in_thread(work: Callable[[], None]) -> bool:

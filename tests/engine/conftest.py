@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects.sqlite import aiosqlite
+from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
 from resilientdb import Resilience
 from resilientdb.engine.cluster import Cluster
-from resilientdb.engine.pool import QueueDoor
+from resilientdb.engine.pool import AsyncQueueDoor, QueueDoor
 from resilientdb.errors import PoolSaturated, PoolTimeout
 
 if TYPE_CHECKING:
@@ -130,3 +132,60 @@ def make_pool(database: FakeDatabase) -> Callable[..., QueueDoor]:
         )
 
     return make
+
+
+# -- tasks ----------------------------------------------------------------------------------------------------------
+
+
+class AsyncPool(AsyncQueueDoor):
+    """Connecting takes ``steps`` turns of the event loop, and until ``gate`` is set."""
+
+    def __init__(self, database: FakeDatabase, size: int, **options: Any) -> None:
+        self.database = database
+        self.steps = 1
+        self.gate: asyncio.Event | None = None
+
+        def connect() -> Any:
+            for _ in range(self.steps):
+                await_only(asyncio.sleep(0))
+            if self.gate is not None:
+                await_only(self.gate.wait())
+            return database.connect()
+
+        options = {"max_overflow": 0, "timeout": 10.0, **options}
+        super().__init__(connect, pool_size=size, **options)
+
+    async def take(self) -> Any:
+        return await greenlet_spawn(self.connect)
+
+    async def give(self, connection: Any) -> None:
+        await greenlet_spawn(connection.close)
+
+
+@pytest.fixture
+def make_async_pool(database: FakeDatabase) -> Callable[..., AsyncPool]:
+    def make(size: int, *, resilience: Resilience | None = None, **options: Any) -> AsyncPool:
+        dialect = aiosqlite.dialect()
+        cluster = Cluster(resilience or Resilience(), dialect, [("db", "unknown", None)])
+        return AsyncPool(database, size, dialect=dialect, resilientdb_cluster=cluster, **options)
+
+    return make
+
+
+async def until_async(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - a state that can be seen but not waited for
+            await asyncio.sleep(0)
+
+
+async def assert_whole_async(pool: AsyncPool, size: int) -> None:
+    await until_async(lambda: pool.stats().active == 0)
+    assert pool.stats().waiting == 0
+    pool._timeout = 0.0
+    held = [await by_another_task(pool.take()) for _ in range(size)]
+    with pytest.raises(PoolTimeout, match="timed out"):
+        await pool.take()
+    assert pool.stats().total == pool.stats().active == size
+    for connection in held:
+        await pool.give(connection)
+    assert pool.database.most_open <= size

@@ -165,7 +165,7 @@ def test_a_finished_pool_or_an_own_creator() -> None:
 def test_a_foreign_engine_has_no_control() -> None:
     engine = sa.create_engine(URL)
     refused(lambda: rdb.control(engine), "was not made by resilientdb", "plugin=resilientdb", key="engine")
-    refused(lambda: rdb.control("engine"), "was not made by resilientdb", key="engine")  # type: ignore[arg-type]
+    refused(lambda: rdb.control("engine"), "was not made by resilientdb", key="engine")  # type: ignore[call-overload]
     refused(lambda: rdb.control(create()).breaker("b:1"), "no node 'b:1'", "127.0.0.1:1", key="node")
 
 

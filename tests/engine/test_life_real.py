@@ -15,6 +15,7 @@ from sqlalchemy import event
 
 import resilientdb as rdb
 from resilientdb.errors import DeadlineExceeded
+from resilientdb.events import ConnectionLeaked
 from resilientdb.testing import faults
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Live:
         named: dict[str, Any] = {"application_name": self.name}
         options["connect_args"] = {"server_settings": named} if driver == "asyncpg" else named
         options["resilience"] = rdb.Resilience(**policy)
-        url = postgres.url(driver, **({} if proxy is None else {"port": proxy.listen_port}))
+        url = postgres.url(driver, port=proxy.listen_port if proxy is not None else None)
         self.engine: Any
         if driver == "psycopg":
             self.engine = rdb.create_engine(url, **options)
@@ -156,7 +157,7 @@ def make(request: pytest.FixtureRequest, resilientdb_postgres: Postgres) -> Iter
     made: list[Live] = []
 
     def make(*, proxy: Proxy | None = None, **options: Any) -> Live:
-        policy = {key: options.pop(key) for key in ("breaker", "retry") if key in options}
+        policy: dict[str, Any] = {key: options.pop(key) for key in ("breaker", "retry") if key in options}
         pool = {key: options.pop(key) for key in tuple(options) if key.startswith(("pool_", "max_over"))}
         policy["lifecycle"] = rdb.Lifecycle(**{"validate_idle": SOON, **options})
         made.append(Live(resilientdb_postgres, request.param, proxy=proxy, policy=policy, **pool))
@@ -293,17 +294,13 @@ def test_warm_at_once_and_up_to_the_size(make: Make) -> None:
 
 def test_warm_raises_as_connecting_does(make: Make, resilientdb_proxy: Proxy) -> None:
     live = make(proxy=resilientdb_proxy, min_size=1, retry=rdb.RetryPolicy(attempts=1))
-    heard: list[object] = []
-    event.listen(
-        getattr(live.engine, "sync_engine", live.engine),
-        "handle_error",
-        lambda context: heard.append(context.original_exception),
-    )
+    heard: list[Any] = []
+    event.listen(getattr(live.engine, "sync_engine", live.engine), "handle_error", heard.append)
     kinds: list[type] = []
     with faults.down(resilientdb_proxy):
-        for attempt in (live.value, lambda: live.wait(live.control.warm())):
+        for warm in (False, True):
             with pytest.raises((sa.exc.OperationalError, OSError)) as caught:
-                attempt()
+                _ = live.wait(live.control.warm()) if warm else live.value()
             kinds.append(type(caught.value))
     assert kinds[0] is kinds[1]
     assert len(heard) in {0, 2}, (
@@ -326,7 +323,7 @@ def test_what_the_server_ended_is_replaced(make: Make) -> None:
 def test_an_outage_is_waited_out(make: Make, resilientdb_proxy: Proxy) -> None:
     live = make(proxy=resilientdb_proxy, min_size=2, keepalive=0.05, breaker=rdb.BreakerPolicy(enabled=False))
     live.value()
-    until(lambda: live.stats().total == 2)
+    until(lambda: live.stats().idle == 2)
     with faults.down(resilientdb_proxy):
         began = time.monotonic()
         until(lambda: live.stats().connect_failures >= 6)
@@ -342,7 +339,7 @@ def test_an_outage_is_waited_out(make: Make, resilientdb_proxy: Proxy) -> None:
 def test_the_circuit_keeps_the_background_out(make: Make, resilientdb_proxy: Proxy) -> None:
     live = make(proxy=resilientdb_proxy, min_size=2, keepalive=0.05)
     live.value()
-    until(lambda: live.stats().total == 2)
+    until(lambda: live.stats().idle == 2)
     live.control.breaker().open()
     live.kill()
     until(lambda: live.stats().total == 0)
@@ -362,12 +359,12 @@ def test_a_server_that_ends_idle_sessions_finds_none(make: Make, resilientdb_pos
     event.listen(
         getattr(live.engine, "sync_engine", live.engine),
         "connect",
-        lambda connection, _record: _run(connection, "SET idle_session_timeout = '1500ms'"),
+        lambda connection, _record: _run(connection, "SET idle_session_timeout = '800ms'"),
     )
     live.value()
-    until(lambda: live.stats().total == 2)
+    until(lambda: live.stats().idle == 2)
     asked = live.sessions()
-    time.sleep(2.2)  # nothing is to happen to them
+    time.sleep(1.2)  # nothing is to happen to them
     assert live.sessions().keys() == asked.keys()
     assert live.stats().retired == {}
 
@@ -395,6 +392,95 @@ def test_they_end_by_age_and_by_disuse_and_by_use(make: Make) -> None:
     pids = [spent.use()[0] for _ in range(7)]
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 1]
     assert spent.stats().retired == {"uses": 2}
+
+
+# -- not given back ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("driver", DRIVERS[1:])
+def test_a_leak_in_a_task_is_told_with_its_place(resilientdb_postgres: Postgres, driver: str) -> None:
+    engine = rdb.create_async_engine(
+        resilientdb_postgres.url(driver),
+        resilience=rdb.Resilience(lifecycle=rdb.Lifecycle(leak_threshold=0.1)),
+    )
+    control = rdb.control(engine)
+    told: list[Any] = []
+    control.on_event(told.append)
+
+    async def forgetful() -> Any:
+        return await engine.connect()  # the line that the report is to show
+
+    async def main() -> None:
+        task = asyncio.create_task(forgetful(), name="orders-7")
+        held = await task
+        async with asyncio.timeout(10):
+            while not told:  # noqa: ASYNC110 - it is told from a thread
+                await asyncio.sleep(0.01)
+        (holder,) = control.holders()
+        for said in (told[0].holder, holder):
+            assert (said.task, said.thread) == ("orders-7", None)
+            assert any("the line that the report is to show" in line for line in said.stack)
+        await held.close()
+        assert control.holders() == []
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert [type(event) for event in told] == [ConnectionLeaked]
+
+
+# -- what can be seen meanwhile ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("driver", DRIVERS[1:])
+def test_the_counts_agree_while_tasks_are_cancelled(resilientdb_postgres: Postgres, driver: str) -> None:
+    lifecycle = rdb.Lifecycle(min_size=2, max_uses=9, idle_timeout=0.05, keepalive=0.02, validate_idle=0.01)
+    engine = rdb.create_async_engine(
+        resilientdb_postgres.url(driver),
+        pool_size=4,
+        max_overflow=0,
+        resilience=rdb.Resilience(lifecycle=lifecycle, breaker=rdb.BreakerPolicy(probe_interval=None)),
+    )
+    control = rdb.control(engine)
+    wrong: list[object] = []
+    ends = threading.Event()
+
+    def watch() -> None:
+        while not ends.is_set():
+            (stats,) = control.get_stats().values()
+            if stats.active + stats.idle != stats.total or stats.active < 0 or stats.total > 4:
+                wrong.append(stats)
+
+    async def use(turn: int) -> None:
+        async with engine.connect() as connection:
+            await connection.exec_driver_sql("SELECT pg_sleep(0.002)")
+            if turn % 5 == 0:
+                await connection.invalidate()
+            await asyncio.sleep(0.001 * (turn % 3))
+
+    async def work(number: int) -> None:
+        for turn in range(number, number + 25):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.003 if turn % 4 == 0 else None):
+                    await use(turn)
+
+    async def main() -> None:
+        await asyncio.gather(*(work(number) for number in range(8)))
+        for _ in range(2):
+            held = [await engine.connect() for _ in range(4)]
+            (stats,) = control.get_stats().values()
+            assert (stats.total, stats.active, stats.idle) == (4, 4, 0)
+            for connection in held:
+                await connection.close()
+            await engine.dispose()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        asyncio.run(main())
+    finally:
+        ends.set()
+        watcher.join()
+    assert not wrong, wrong[:3]
 
 
 # -- one loop ----------------------------------------------------------------------------------------------------

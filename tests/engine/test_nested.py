@@ -17,7 +17,7 @@ import resilientdb as rdb
 from resilientdb.errors import DeadlineExceeded, PoolTimeout
 from resilientdb.runtime.context import recording
 from resilientdb.testing import FakeClock
-from tests.engine.conftest import assert_whole, by_another, by_another_task, until, until_waiting
+from tests.engine.conftest import assert_whole, by_another, by_another_task, until, until_async, until_waiting
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -375,12 +375,6 @@ def pool_of(engine: AsyncEngine) -> Any:
     return engine.pool
 
 
-async def until_tasks(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - a state that can be seen but not waited for
-            await asyncio.sleep(0)
-
-
 async def query(engine: AsyncEngine) -> int:
     async with engine.connect() as connection:
         return await connection.scalar(sa.text("SELECT 1")) or 0
@@ -423,7 +417,7 @@ def test_children_of_a_holder_are_not_the_holder(make_engine: MakeAsyncEngine) -
         async with make_engine(1) as engine:
             async with engine.connect():
                 children = asyncio.gather(*(query(engine) for _ in range(3)))
-                await until_tasks(lambda: in_lane(pool_of(engine), "critical") == 3)
+                await until_async(lambda: in_lane(pool_of(engine), "critical") == 3)
             assert await children == [1, 1, 1]
 
     asyncio.run(asyncio.wait_for(main(), 30))
@@ -468,13 +462,13 @@ def test_a_holding_task_is_served_before_ten_who_wait(make_engine: MakeAsyncEngi
 
             async def hold() -> None:
                 async with engine.connect():
-                    await until_tasks(lambda: pool_of(engine).stats().waiting == 10)
+                    await until_async(lambda: pool_of(engine).stats().waiting == 10)
                     await use("holder")
 
             holder = asyncio.create_task(hold())
-            await until_tasks(lambda: pool_of(engine).stats().active == 2)
+            await until_async(lambda: pool_of(engine).stats().active == 2)
             others = [asyncio.create_task(use("other")) for _ in range(10)]
-            await until_tasks(lambda: in_lane(pool_of(engine), "holding") == 1)
+            await until_async(lambda: in_lane(pool_of(engine), "holding") == 1)
             await taken.close()
             await asyncio.gather(holder, *others)
             assert order == ["holder"] + ["other"] * 10
@@ -492,7 +486,7 @@ def test_a_task_that_has_ended_is_not_taken_for_the_next_one(make_engine: MakeAs
             for _ in range(20):
                 connection = await asyncio.create_task(engine.connect().start())
                 other = asyncio.create_task(query(engine))
-                await until_tasks(lambda: in_lane(pool_of(engine), "critical") == 1)
+                await until_async(lambda: in_lane(pool_of(engine), "critical") == 1)
                 await connection.close()
                 assert await other == 1
 
@@ -522,7 +516,7 @@ def test_a_sync_engine_used_in_to_thread(make_pool: MakePool, database: FakeData
         await asyncio.to_thread(nested, pool)
         held = await asyncio.to_thread(pool.connect)
         waiting = asyncio.create_task(asyncio.to_thread(lambda: pool.connect().close()))
-        await until_tasks(lambda: in_lane(pool, "critical") == 1)
+        await until_async(lambda: in_lane(pool, "critical") == 1)
         held.close()
         await waiting
         assert_whole(pool, database, 1)

@@ -10,75 +10,26 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import aiosqlite
-from sqlalchemy.util.concurrency import await_only, greenlet_spawn
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 import resilientdb as rdb
-from resilientdb.engine.cluster import Cluster
-from resilientdb.engine.pool import AsyncQueueDoor
 from resilientdb.errors import CircuitOpen, DeadlineExceeded, PoolSaturated, PoolTimeout
-from tests.engine.conftest import by_another_task
+from tests.engine.conftest import assert_whole_async, by_another_task, until_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from pathlib import Path
 
-    from tests.engine.conftest import FakeDatabase
+    from tests.engine.conftest import AsyncPool, FakeDatabase
 
 
 @pytest.fixture
-def make_pool(database: FakeDatabase) -> Callable[..., AsyncPool]:
-    def make(size: int, *, resilience: rdb.Resilience | None = None, **options: Any) -> AsyncPool:
-        dialect = aiosqlite.dialect()
-        cluster = Cluster(resilience or rdb.Resilience(), dialect, [("db", "unknown", None)])
-        return AsyncPool(database, size, dialect=dialect, resilientdb_cluster=cluster, **options)
-
-    return make
-
-
-class AsyncPool(AsyncQueueDoor):
-    """Connecting takes ``steps`` turns of the event loop, and until ``gate`` is set."""
-
-    def __init__(self, database: FakeDatabase, size: int, **options: Any) -> None:
-        self.database = database
-        self.steps = 1
-        self.gate: asyncio.Event | None = None
-
-        def connect() -> Any:
-            for _ in range(self.steps):
-                await_only(asyncio.sleep(0))
-            if self.gate is not None:
-                await_only(self.gate.wait())
-            return database.connect()
-
-        options = {"max_overflow": 0, "timeout": 10.0, **options}
-        super().__init__(connect, pool_size=size, **options)
-
-    async def take(self) -> Any:
-        return await greenlet_spawn(self.connect)
+def make_pool(make_async_pool: Callable[..., AsyncPool]) -> Callable[..., AsyncPool]:
+    return make_async_pool
 
 
 async def give(connection: Any) -> None:
     await greenlet_spawn(connection.close)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - a state that can be seen but not waited for
-            await asyncio.sleep(0)
-
-
-async def assert_whole(pool: AsyncPool, size: int) -> None:
-    await until(lambda: pool.stats().active == 0)
-    assert pool.stats().waiting == 0
-    pool._timeout = 0.0
-    held = [await by_another_task(pool.take()) for _ in range(size)]
-    with pytest.raises(PoolTimeout, match="timed out"):
-        await pool.take()
-    assert pool.stats().total == pool.stats().active == size
-    for connection in held:
-        await give(connection)
-    assert pool.database.most_open <= size
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -100,12 +51,12 @@ def test_first_come_first_served(make_pool: Callable[..., AsyncPool]) -> None:
 
         held = await by_another_task(pool.take())
         tasks = [asyncio.create_task(work(number)) for number in range(6)]
-        await until(lambda: pool.stats().waiting == 6)
+        await until_async(lambda: pool.stats().waiting == 6)
         await give(held)
         await work(6)
         await asyncio.gather(*tasks)
         assert order == list(range(7))
-        await assert_whole(pool, 1)
+        await assert_whole_async(pool, 1)
 
     run(main())
 
@@ -116,13 +67,13 @@ def test_timeout_and_full_line(make_pool: Callable[..., AsyncPool]) -> None:
         pool = make_pool(1, resilience=policy, timeout=0.05)
         held = await by_another_task(pool.take())
         first = asyncio.create_task(pool.take())
-        await until(lambda: pool.stats().waiting == 1)
+        await until_async(lambda: pool.stats().waiting == 1)
         with pytest.raises(PoolSaturated):
             await pool.take()
         with pytest.raises(PoolTimeout):
             await first
         await give(held)
-        await assert_whole(pool, 1)
+        await assert_whole_async(pool, 1)
 
     run(main())
 
@@ -135,13 +86,13 @@ def test_a_failed_connect_is_told_to_all_who_wait_for_the_same(
         pool.gate = asyncio.Event()
         database.failures.append(ConnectionRefusedError("connection refused"))
         first, second = (asyncio.create_task(pool.take()) for _ in range(2))
-        await until(lambda: pool.stats().waiting == 1)
+        await until_async(lambda: pool.stats().waiting == 1)
         pool.gate.set()
         for task in (first, second):
             with pytest.raises(ConnectionRefusedError):
                 await task
         assert pool.stats().connect_failures == 1
-        await assert_whole(pool, 1)
+        await assert_whole_async(pool, 1)
 
     run(main())
 
@@ -153,13 +104,13 @@ def test_who_waits_is_told_when_the_circuit_opens_in_another_thread(
         pool = make_pool(1, timeout=None)
         held = await by_another_task(pool.take())
         tasks = [asyncio.create_task(pool.take()) for _ in range(3)]
-        await until(lambda: pool.stats().waiting == 3)
+        await until_async(lambda: pool.stats().waiting == 3)
         await asyncio.to_thread(pool.node.breaker.open)
         answers = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
         assert [type(answer) for answer in answers] == [CircuitOpen] * 3
         pool.node.breaker.close()
         await give(held)
-        await assert_whole(pool, 1)
+        await assert_whole_async(pool, 1)
 
     run(main())
 
@@ -199,7 +150,7 @@ def test_cancelled_after_any_number_of_steps(
         with contextlib.suppress(asyncio.CancelledError):
             await task
         await asyncio.wait_for(other, 10)
-        await assert_whole(pool, 1)
+        await assert_whole_async(pool, 1)
         pool.dispose()
         return task.cancelled()
 
@@ -221,7 +172,7 @@ def test_cancelled_in_the_same_step_in_which_it_is_served(
         pool = make_pool(1)
         held = await by_another_task(pool.take())
         tasks = [asyncio.create_task(pool.take()) for _ in range(4)]
-        await until(lambda: pool.stats().waiting == 4)
+        await until_async(lambda: pool.stats().waiting == 4)
         if order == "cancelled, returned":
             for task in tasks[:3]:
                 task.cancel()
@@ -235,7 +186,7 @@ def test_cancelled_in_the_same_step_in_which_it_is_served(
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(answer) for answer in answers[:3]] == [asyncio.CancelledError] * 3
         await give(answers[3])
-        await assert_whole(pool, 1)
+        await assert_whole_async(pool, 1)
 
     run(main())
 
@@ -256,16 +207,16 @@ def test_wait_for_task_group_and_cancel_scope(make_pool: Callable[..., AsyncPool
             async with asyncio.TaskGroup() as group:
                 for _ in range(3):
                     group.create_task(pool.take())
-                await until(lambda: pool.stats().waiting == 3)
+                await until_async(lambda: pool.stats().waiting == 3)
                 raise KeyError
         assert caught.group_contains(KeyError)
         async with anyio.create_task_group() as tasks:
             for _ in range(3):
                 tasks.start_soon(pool.take)
-            await until(lambda: pool.stats().waiting == 3)
+            await until_async(lambda: pool.stats().waiting == 3)
             tasks.cancel_scope.cancel()
         await give(held)
-        await assert_whole(pool, 1)
+        await assert_whole_async(pool, 1)
 
     run(main())
 
@@ -288,7 +239,7 @@ def test_many_tasks_cancelled_at_random(make_pool: Callable[..., AsyncPool], dat
                             await give(connection)
 
         await asyncio.gather(*(work(number) for number in range(20)))
-        await assert_whole(pool, 3)
+        await assert_whole_async(pool, 3)
         pool.dispose()
 
     run(main())
@@ -305,7 +256,7 @@ def test_a_deadline_bounds_the_wait(make_pool: Callable[..., AsyncPool]) -> None
         with rdb.deadline(0.03), pytest.raises(DeadlineExceeded):
             await pool.take()
         await give(held)
-        await assert_whole(pool, 1)
+        await assert_whole_async(pool, 1)
 
     run(main())
 
@@ -330,10 +281,10 @@ def test_a_connect_that_outlives_its_caller_joins_the_pool(
             await task
         assert (pool.stats().total, pool.stats().active) == (1, 1), "its slot is in use until it ends"
         pool.gate.set()
-        await until(lambda: pool.stats().active == 0)
+        await until_async(lambda: pool.stats().active == 0)
         assert (pool.stats().total, pool.stats().idle) == ((0, 0) if fails else (1, 1))
         assert pool.node.breaker.current_state == "closed"
-        await assert_whole(pool, 2)
+        await assert_whole_async(pool, 2)
         assert database.opened == 2
 
     run(main())
@@ -354,7 +305,7 @@ def test_a_waiter_whose_loop_was_closed_is_passed_over(
     async def leave_a_waiter() -> None:
         kept.append(await pool.take())
         kept.append(asyncio.create_task(pool.take()))
-        await until(lambda: pool.stats().waiting == 1)
+        await until_async(lambda: pool.stats().waiting == 1)
 
     loop.run_until_complete(leave_a_waiter())
     loop.close()

@@ -656,6 +656,24 @@ def test_of_a_closed_connection_nothing_is_known(logged: Postgres, driver: str) 
     facts.allow_begin(connection)
 
 
+def test_a_replica_is_read_alone(logged: Postgres, resilientdb_standby: Postgres) -> None:
+    resilientdb_standby.wait_caught_up(logged)
+    engine = rdb.create_engine(
+        logged.url("psycopg", database="reading"), replicas=[resilientdb_standby.address], pool_size=1
+    )
+    where = sa.text("SELECT pg_is_in_recovery(), pg_backend_pid()")
+    with rdb.read_only():
+        with engine.connect() as connection:
+            in_recovery, pid = connection.execute(where).one()
+        with engine.connect() as connection:
+            connection.execute(ONE).all()
+    engine.dispose()
+    assert in_recovery
+    log = resilientdb_standby.log.read_text(encoding="utf-8")
+    sent = re.findall(rf"\[{pid}\] LOG:  (?:statement|execute [^:]*): (\w+)", log)
+    assert sent[-2:] == ["SELECT", "SELECT"]
+
+
 def test_other_databases_are_left_alone() -> None:
     engine = rdb.create_engine("sqlite://")
     assert "do_execute" not in vars(engine.dialect)

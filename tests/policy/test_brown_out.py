@@ -321,7 +321,9 @@ def test_transactions_that_need_a_second_connection_get_it_first(
     bare = World(seed, *streams, deadlines=deadlines, watched=True, nesting_is_told=False).run(20)
     possible = CAPACITY * 6 / 7  # the nested take half as much again
     assert told.goodput(0, 20, possible) >= 0.85
-    assert told.goodput(0, 20, possible) >= bare.goodput(0, 20, possible) + 0.1
+    # At half the load it is a matter of chance how often all slots come to be held so.
+    lost = told.goodput(0, 20, possible) - bare.goodput(0, 20, possible)
+    assert lost >= (0.02 if load < 1 else 0.25)
     plain, nested = (told.kept(stream) for stream in streams)
     assert nested >= 0.9 * plain, "nor do they fare worse for it"
     assert told.refused(0, 20)[Refusal.DEADLOCK.value] <= 0.01 * len(told.arrived(0, 20))

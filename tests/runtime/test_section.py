@@ -96,22 +96,29 @@ def test_an_error_is_raised_and_the_section_left() -> None:
 # -- consequences ---------------------------------------------------------------------------------------------------
 
 
-def test_consequences_are_done_in_order_and_outside() -> None:
+def test_consequences_are_done_in_order() -> None:
     section, done = Section(), []
 
-    def act(name: str) -> None:
-        assert not section.is_inside()
-        assert is_free(section), "another thread may decide meanwhile"
-        done.append(name)
-
     def decide() -> str:
-        section.afterwards(lambda: act("first"))
-        section.afterwards(lambda: act("second"))
+        section.afterwards(lambda: done.append("first"))
+        section.afterwards(lambda: done.append("second"))
         assert done == []
         return "decided"
 
     assert section.run(decide) == "decided"
     assert done == ["first", "second"]
+
+
+def test_consequences_are_done_outside() -> None:
+    section, done = Section(), []
+
+    def act() -> None:
+        assert not section.is_inside()
+        assert is_free(section), "another thread may decide meanwhile"
+        done.append("done")
+
+    section.run(section.afterwards, act)
+    assert done == ["done"]
 
 
 def test_consequences_are_done_even_if_the_decision_raises() -> None:
@@ -161,7 +168,7 @@ def test_who_comes_next_does_what_was_left_while_nobody_was_inside() -> None:
     assert done == ["done"]
 
 
-# -- a garbage collection in the middle --------------------------------------------------------------------------------
+# -- a garbage collection in the middle ----------------------------------------------------------------------------
 
 
 class Garbage:
@@ -247,7 +254,7 @@ def test_a_finalizer_in_another_thread_is_not_inside() -> None:
     assert answers == [False]
 
 
-# -- interruptions ------------------------------------------------------------------------------------------------------
+# -- interruptions --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("_hurried")
@@ -255,7 +262,7 @@ def test_a_finalizer_in_another_thread_is_not_inside() -> None:
 def test_an_exception_from_outside_never_leaves_it_locked(seed: int) -> None:
     """``PyThreadState_SetAsyncExc`` between any two instructions, thousands of times."""
     section, dice, done = Section(), random.Random(seed), threading.Event()
-    interrupted: list[str] = []
+    ready: list[bool] = []
     wrong: list[BaseException] = []
 
     def decide(steps: int) -> None:
@@ -269,29 +276,33 @@ def test_an_exception_from_outside_never_leaves_it_locked(seed: int) -> None:
             section.is_inside()
 
     def work() -> None:
-        while not done.is_set():
+        while True:
             try:
+                ready.append(True)  # to be interrupted, once
                 keep_deciding()
             except Interrupt:
-                interrupted.append("")  # the next comes only after this
+                continue
             except BaseException as error:  # noqa: BLE001 - raised by the test
                 wrong.append(error)
-                return
+            return
+
+    def until_ready(number: int) -> None:
+        give_up = time.monotonic() + 20
+        while len(ready) <= number:
+            assert not wrong
+            assert time.monotonic() < give_up, "the thread hangs"
+            time.sleep(0)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    give_up = time.monotonic() + 60
-    for number in range(2_000):
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Interrupt)
-        )
-        while len(interrupted) <= number and not wrong:
-            assert time.monotonic() < give_up, "the thread hangs"
-            time.sleep(0)
-        if wrong:
-            raise wrong[0]
-        if number % 100 == 0:
+    set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    tries = 5_000
+    for number in range(tries):
+        until_ready(number)
+        set_exception(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Interrupt))
+        if number % 250 == 0:
             assert is_free(section)
+    until_ready(tries)
     done.set()
     thread.join(10)
     assert is_free(section)
@@ -299,17 +310,18 @@ def test_an_exception_from_outside_never_leaves_it_locked(seed: int) -> None:
 
 
 CTRL_C = """
-import signal, sys, threading
+import signal, sys, threading, time
 from resilientdb.runtime.section import Section
 
-section, main, interrupted = Section(), threading.main_thread(), 0
-asked, done = threading.Event(), threading.Event()
+section, main, ready, pressed = Section(), threading.main_thread(), [], 0
 
 def press():
-    while not done.is_set():
-        if asked.wait(0.1):
-            asked.clear()
+    global pressed
+    while pressed < 2000:
+        if len(ready) > pressed:
+            pressed += 1
             signal.pthread_kill(main.ident, signal.SIGINT)
+        time.sleep(0)
 
 def decide(steps):
     section.afterwards(int)
@@ -318,16 +330,15 @@ def decide(steps):
 
 sys.setswitchinterval(1e-6)
 threading.Thread(target=press, daemon=True).start()
-while interrupted < 500:
+while len(ready) < 2000:
     try:
-        asked.set()
+        ready.append(True)  # to be interrupted, once
         while True:
-            section.run(decide, interrupted % 4)
+            section.run(decide, pressed % 4)
             section.is_inside()
     except KeyboardInterrupt:
-        interrupted += 1
-done.set()
-other = threading.Thread(target=section.run, args=(print, interrupted), daemon=True)
+        pass
+other = threading.Thread(target=section.run, args=(print, pressed), daemon=True)
 other.start()
 other.join(10)
 assert not other.is_alive() and not section.is_inside()
@@ -339,4 +350,4 @@ def test_ctrl_c_never_leaves_it_locked() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", CTRL_C], capture_output=True, text=True, timeout=60, check=False
     )
-    assert (ended.stdout, ended.returncode) == ("500\n", 0), ended.stderr
+    assert (ended.stdout, ended.returncode) == ("2000\n", 0), ended.stderr
