@@ -78,6 +78,8 @@ class Record(ConnectionRecord):
 
     inherited = False
     """Whether its connection is that of the process which this one was forked from."""
+    token: object = None
+    """What stands for the slot that goes with it, in its pool's books: these must not lose their record."""
     owns_slot = False
     """Whether a slot of its pool's goes with it: it is then given back even if the record is just forgotten."""
 

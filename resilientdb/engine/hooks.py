@@ -63,7 +63,7 @@ class _Hooks:
         self._before_statement(_cursor, _statement, None, context)
 
     def _do_commit(self, connection: Any) -> None:
-        if self._is_idle(getattr(connection, "dbapi_connection", connection)):
+        if is_read_only() and self._is_idle(getattr(connection, "dbapi_connection", connection)):
             return  # nothing was written, nothing can be lost
         deadline = current_deadline()
         if deadline is not None:
@@ -76,8 +76,8 @@ class _Hooks:
             raise
 
     def _do_rollback(self, connection: Any) -> None:
-        if self._is_idle(getattr(connection, "dbapi_connection", connection)):
-            return
+        if is_read_only() and self._is_idle(getattr(connection, "dbapi_connection", connection)):
+            return  # the driver would send nothing either, but take its time to find that out
         deadline = current_deadline()
         if deadline is not None and (record := record_of(connection)) is not None:
             self._appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))

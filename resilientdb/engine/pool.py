@@ -225,13 +225,16 @@ class QueueDoor(Door, QueuePool):
         try:
             record = self._next_idle()
         except IndexError:
+            record = None  # what goes wrong from here on did not do so while handling this
+        if record is None:
             return self._get_slowly(permit)
         if self._invalidate_time > record.starttime and current_deadline() is not None:
             return self._get_slowly(permit, record)
         record.permit = permit
         record.since = monotonic()
-        record.holder = self._whoami()
-        record.caller = current_caller() or introduce()
+        record.holder = me = self._whoami()
+        caller = current_caller()
+        record.caller = caller if caller is not None and caller.me == me else introduce(me)
         self._tally.checkouts += 1
         if current_record() is not None:
             self._note_checkout(record)
@@ -289,8 +292,9 @@ class QueueDoor(Door, QueuePool):
             self._open(record, deadline)
         record.permit = permit
         record.since = monotonic()
-        record.holder = self._whoami()
-        record.caller = current_caller() or introduce()
+        record.holder = me = self._whoami()
+        caller = current_caller()
+        record.caller = caller if caller is not None and caller.me == me else introduce(me)
         self._tally.checkouts += 1
         self._note_checkout(record)
         if self._is_thorough:
@@ -303,7 +307,10 @@ class QueueDoor(Door, QueuePool):
         waiter = self._make_waiter()
         lane = Lane[current_criticality().upper()]
         left = None if deadline is None else deadline.remaining()
-        waiter.holds = len(self._slots.mine(self._whoami()))
+        if not self.cluster.patient:
+            # An explicit pool_timeout is waited for, whatever comes of it: another thread may give back what this one
+            # holds.
+            waiter.holds = len(self._slots.mine(self._whoami()))
         patience: float | None = self._timeout
         if left is not None:
             patience = left if patience is None else min(patience, left)
@@ -334,6 +341,9 @@ class QueueDoor(Door, QueuePool):
             raise refusals.timed_out(self, waited)
         if waiter.refusal is not None:
             raise waiter.refusal()
+        if waiter.granted is None:
+            # Who was about to give it something was interrupted.
+            raise refusals.timed_out(self, waited)
         return waiter.granted
 
     def _make_waiter(self) -> Waiter:
@@ -503,7 +513,7 @@ class QueueDoor(Door, QueuePool):
         if connection is not None and not self._dialect.is_async:
             with contextlib.suppress(Exception):
                 self._close_connection(connection)
-        self._slots.give_back(None)
+        self._slots.reclaim(record.token)
 
     def dismiss_waiting(self, refusal: Callable[[], ResilienceError]) -> None:
         self._slots.dismiss(refusal)

@@ -42,7 +42,7 @@ class Limiter:
         self.admission = admission
         self.rules = rules
         """All else that the line goes by, by the name of the option."""
-        self.section = Section()
+        self.section = Section(admission.recount)
         self._pools: dict[int, weakref.ref[SharedSlots]] = {}
         self._process = os.getpid()
 
@@ -52,7 +52,8 @@ class Limiter:
 
     def pools(self) -> list[SharedSlots]:
         """Those in use, and those replaced whose connections are still out."""
-        pools = (reference() for reference in tuple(self._pools.values()))
+        # A list: a tuple is allocated when the iteration has begun, and a collection in between may change the dict.
+        pools = (reference() for reference in list(self._pools.values()))
         return [slots for slots in pools if slots is not None]
 
     def differences(self, admission: Admission[Waiter], rules: dict[str, object]) -> list[str]:
@@ -68,7 +69,7 @@ class Limiter:
         """In the child; each of the pools says so, and the first of them is heard."""
         if self._process != os.getpid():
             self._process = os.getpid()
-            self.section = Section()
+            self.section = Section(self.admission.recount)
             self.admission.dismiss()
             self.admission.total = 0
             for slots in self.pools():

@@ -56,7 +56,7 @@ class Slots:
         """``make``: a record without a connection. ``close``: close a record's connection. ``refuse``: the error
         of a waiter that is sent away, made when it has left the line. ``doubtful``: each idle connection is to be
         asked whether it lives before it is used."""
-        self.section = Section()
+        self.section = Section(self._mend)
         self.admission = admission
         self.idle = idle
         """Connections nobody holds, fit for use."""
@@ -72,12 +72,18 @@ class Slots:
         self._make = make
         self._close = close
         self._refuse = refuse
+        self._tokens: set[object] = set()
+        """One for each slot: what there is to count, should the count be wrong."""
         self._shells: list[Any] = []
         """Records whose connection was lost: what the user keeps in ``record_info`` outlives it."""
         self._cold: list[Any] = []
         """Records whose connection could not be opened, resting."""
         self._parents: list[Any] = []
         """Records of the process that this one was forked from, kept so that nobody tells their server."""
+
+    def _mend(self) -> None:
+        """An asynchronous exception has ended a decision half-way: slots are those that there are tokens of."""
+        self.admission.recount(len(self._tokens))
 
     # -- out -----------------------------------------------------------------------------------------------
 
@@ -113,6 +119,8 @@ class Slots:
         """A record without a connection, for a slot that has none."""
         record = self._shells.pop() if self._shells else self._make()
         record.owns_slot = True
+        record.token = object()
+        self._tokens.add(record.token)
         key = id(record)
         self.records[key] = weakref.ref(record, lambda _gone: self.records.pop(key, None))
         return record
@@ -146,8 +154,8 @@ class Slots:
     # -- back ----------------------------------------------------------------------------------------------
 
     def give_back(self, record: Any) -> None:
-        """Hand a slot on, with its connection if there is one. None: its record exists no longer."""
-        if record is not None and record.inherited:
+        """Hand a slot on, with its connection if there is one."""
+        if record.inherited:
             self._parents.append(record)
         elif self.section.is_inside():
             self.section.afterwards(functools.partial(self._give_back_late, record))
@@ -156,6 +164,17 @@ class Slots:
             if end is not None:
                 self.discard(record, end)
 
+    def reclaim(self, token: object) -> None:
+        """A slot's record was forgotten, whatever became of its connection."""
+        if self.section.is_inside():
+            self.section.afterwards(functools.partial(self.reclaim, token))
+        else:
+            self.section.run(self._settle_without_record, token)
+
+    def _settle_without_record(self, token: object) -> None:
+        self._tokens.discard(token)
+        self._settle(None)
+
     def _give_back_late(self, record: Any) -> None:
         try:
             self.give_back(record)
@@ -163,7 +182,7 @@ class Slots:
             logger.exception("a connection that was forgotten could not be closed")
 
     def _settle(self, record: Any) -> str | None:
-        """Hand the slot on; or say why its connection must be closed first."""
+        """Hand the slot on; or say why its connection must be closed first. None: its record exists no longer."""
         admission = self.admission
         now = monotonic()
         lost = record is None or record.dbapi_connection is None
@@ -171,6 +190,8 @@ class Slots:
             why = self._end_of(record, now)
             if why is not None:
                 return why
+        if lost and record is not None:
+            self._tokens.discard(record.token)  # first the book, then the count: see _mend
         shed, waiter = admission.serve(now, lost=lost)
         self._send_away(shed, Refusal.SHED)
         if waiter is not None:
@@ -204,19 +225,20 @@ class Slots:
         """Keep a record that has lost its connection, and with it what its user has put into it."""
         if record is not None:
             record.owns_slot = False
+            self._tokens.discard(record.token)
             if record.opened_at:
                 self._shells.append(record)
 
     def discard(self, record: Any, why: str) -> None:
         """Close a connection that nobody holds, then give its slot back, whatever a listener makes of it."""
         # In this order, so that the server never sees more than the limit.
-        record.owns_slot = False
-        self.records.pop(id(record), None)
         self._tally.count_retired(why)
         try:
             self._close(record)
         finally:
-            self.give_back(None)
+            record.dbapi_connection = None
+            record.opened_at = 0.0  # and the record ends with it
+            self.give_back(record)
 
     def open_slot(self) -> Any:
         """A new slot, to be opened for nobody in particular; None: there is none left, or somebody waits for it."""
@@ -248,6 +270,8 @@ class Slots:
             self._grant(waiter, record)
 
     def _grant(self, waiter: Waiter, record: Any) -> None:
+        record.owns_slot = True
+        self._tokens.add(record.token)
         waiter.granted = record
         self.section.afterwards(functools.partial(self._wake, waiter))
 
@@ -381,7 +405,8 @@ class Slots:
 
     def out(self) -> list[Any]:
         """The records that are in somebody's hands."""
-        records = (reference() for reference in tuple(self.records.values()))
+        # A list: a tuple is allocated when the iteration has begun, and a collection in between may change the dict.
+        records = (reference() for reference in list(self.records.values()))
         return [record for record in records if record is not None and record.fairy_ref is not None]
 
     def mine(self, me: Any) -> list[Any]:
@@ -390,11 +415,11 @@ class Slots:
 
     def after_fork(self) -> None:
         """In the child: the connections are the parent's, and so are the threads that waited."""
-        self.section = Section()
+        self.section = Section(self._mend)
         self.admission.dismiss()
         # Kept without a word to the server, also those that are still out here: it would be the parent's
         # connection that hears it.
-        for record in tuple(reference() for reference in self.records.values()):
+        for record in [reference() for reference in list(self.records.values())]:
             if record is not None:
                 record.inherited = True
                 record.owns_slot = False
@@ -404,6 +429,7 @@ class Slots:
         self._shells.clear()
         self._cold.clear()
         self.records.clear()
+        self._tokens.clear()
         self.admission.total = 0
 
 

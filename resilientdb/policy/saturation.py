@@ -301,6 +301,14 @@ class Admission(Generic[W]):
         self._left_at = None
         return dismissed
 
+    def recount(self, total: int | None = None) -> None:
+        """Make the counts agree with the lines again, after a method was left half-way. ``total``: the slots that the
+        owner has counted, if it can."""
+        self.waiting = sum(map(len, self._lines))
+        self._held = sum(sum(line.values()) for line in self._lines)
+        if total is not None:
+            self.total = total
+
     def _deserted_since(self, now: float) -> float | None:
         """If a line that is empty now may be so because all gave up: since when. None once that is too long ago:
         what comes back while nobody waits is not told to us."""

@@ -31,9 +31,12 @@ class Section:
     (KeyboardInterrupt, a thread's timeout) come between taking it and being sure to give it back.
     """
 
-    __slots__ = ("_busy", "_consequences", "_lock")
+    __slots__ = ("_busy", "_consequences", "_lock", "_mend")
 
-    def __init__(self) -> None:
+    def __init__(self, mend: Callable[[], object]) -> None:
+        """``mend`` is called, inside, after a decision has raised: an asynchronous exception may have ended it
+        half-way, and left counts that do not agree with what they count."""
+        self._mend = mend
         self._lock = threading.RLock()
         self._busy = False
         self._consequences: deque[Callable[[], object]] = deque()
@@ -52,6 +55,9 @@ class Section:
                 inside = False
                 try:
                     return decide(*args, **kwargs)
+                except BaseException:
+                    self._mend()
+                    raise
                 finally:
                     self._busy = False
         finally:

@@ -53,7 +53,7 @@ class Scale:
     contestants: int | None = None
     """How many of the systems under load; None = all."""
     judged: bool = True
-    """Whether a load that was disturbed by other work on the machine is repeated, and void in the end."""
+    """Whether a load that was held up by other work on the machine is repeated, and void in the end."""
 
 
 FULL = Scale(

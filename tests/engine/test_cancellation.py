@@ -436,10 +436,6 @@ class Victim(threading.Thread):
         )
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="a decision that is interrupted half-way leaves counts behind that are wrong for ever",
-)
 @pytest.mark.usefixtures("_hurried", "_forgetful")
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_threads_interrupted_anywhere(make_pool: MakePool, seed: int) -> None:

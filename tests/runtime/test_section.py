@@ -56,12 +56,12 @@ def test_the_decision_is_given_its_arguments_and_its_answer_returned() -> None:
     def decide(*args: object, **kwargs: object) -> object:
         return args, kwargs
 
-    assert Section().run(decide, 1, two=2) == ((1,), {"two": 2})
+    assert Section(lambda: None).run(decide, 1, two=2) == ((1,), {"two": 2})
 
 
 @pytest.mark.usefixtures("_hurried")
 def test_one_at_a_time() -> None:
-    section, count, inside, overlaps = Section(), 0, 0, 0
+    section, count, inside, overlaps = Section(lambda: None), 0, 0, 0
 
     def decide() -> None:
         nonlocal count, inside, overlaps
@@ -82,7 +82,7 @@ def test_one_at_a_time() -> None:
 
 
 def test_an_error_is_raised_and_the_section_left() -> None:
-    section = Section()
+    section = Section(lambda: None)
 
     def decide() -> None:
         raise LookupError("no")
@@ -97,7 +97,7 @@ def test_an_error_is_raised_and_the_section_left() -> None:
 
 
 def test_consequences_are_done_in_order() -> None:
-    section, done = Section(), []
+    section, done = Section(lambda: None), []
 
     def decide() -> str:
         section.afterwards(lambda: done.append("first"))
@@ -110,7 +110,7 @@ def test_consequences_are_done_in_order() -> None:
 
 
 def test_consequences_are_done_outside() -> None:
-    section, done = Section(), []
+    section, done = Section(lambda: None), []
 
     def act() -> None:
         assert not section.is_inside()
@@ -122,7 +122,7 @@ def test_consequences_are_done_outside() -> None:
 
 
 def test_consequences_are_done_even_if_the_decision_raises() -> None:
-    section, done = Section(), []
+    section, done = Section(lambda: None), []
 
     def decide() -> None:
         section.afterwards(lambda: done.append("done"))
@@ -134,7 +134,7 @@ def test_consequences_are_done_even_if_the_decision_raises() -> None:
 
 
 def test_a_consequence_may_decide_again_and_have_consequences() -> None:
-    section, done = Section(), []
+    section, done = Section(lambda: None), []
 
     def again() -> None:
         section.run(section.afterwards, lambda: done.append("last"))
@@ -145,7 +145,7 @@ def test_a_consequence_may_decide_again_and_have_consequences() -> None:
 
 
 def test_what_a_failing_consequence_leaves_behind_is_done_by_the_next() -> None:
-    section, done = Section(), []
+    section, done = Section(lambda: None), []
 
     def fail() -> None:
         raise LookupError("a consequence")
@@ -161,7 +161,7 @@ def test_what_a_failing_consequence_leaves_behind_is_done_by_the_next() -> None:
 
 
 def test_who_comes_next_does_what_was_left_while_nobody_was_inside() -> None:
-    section, done = Section(), []
+    section, done = Section(lambda: None), []
     section.afterwards(lambda: done.append("done"))
     assert done == []
     assert is_free(section)
@@ -192,7 +192,7 @@ def _collected_on_demand() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_collected_on_demand")
 def test_a_finalizer_in_the_middle_does_not_touch_what_is_half_done() -> None:
-    section = Section()
+    section = Section(lambda: None)
     seen: list[object] = []
 
     def finalize() -> None:
@@ -218,7 +218,7 @@ def test_a_finalizer_in_the_middle_does_not_touch_what_is_half_done() -> None:
 @pytest.mark.usefixtures("_collected_on_demand")
 def test_what_a_finalizer_leaves_is_not_done_in_the_middle() -> None:
     """Being turned away, it does not do what others left to be done either: that might decide in its turn."""
-    section, seen = Section(), []
+    section, seen = Section(lambda: None), []
 
     def finalize() -> None:
         with pytest.raises(Reentered):
@@ -236,7 +236,7 @@ def test_what_a_finalizer_leaves_is_not_done_in_the_middle() -> None:
 
 @pytest.mark.usefixtures("_collected_on_demand")
 def test_a_finalizer_in_another_thread_is_not_inside() -> None:
-    section = Section()
+    section = Section(lambda: None)
     answers: list[bool] = []
 
     def ask() -> None:
@@ -261,7 +261,7 @@ def test_a_finalizer_in_another_thread_is_not_inside() -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_an_exception_from_outside_never_leaves_it_locked(seed: int) -> None:
     """``PyThreadState_SetAsyncExc`` between any two instructions, thousands of times."""
-    section, dice, done = Section(), random.Random(seed), threading.Event()
+    section, dice, done = Section(lambda: None), random.Random(seed), threading.Event()
     ready: list[bool] = []
     wrong: list[BaseException] = []
 
@@ -313,7 +313,7 @@ CTRL_C = """
 import signal, sys, threading, time
 from resilientdb.runtime.section import Section
 
-section, main, ready, pressed = Section(), threading.main_thread(), [], 0
+section, main, ready, pressed = Section(lambda: None), threading.main_thread(), [], 0
 
 def press():
     global pressed
