@@ -24,7 +24,7 @@ from sqlalchemy.util.queue import Empty
 from resilientdb.engine import refusals
 from resilientdb.engine.compat import await_only, checkout, greenlet_spawn, running_loop
 from resilientdb.engine.door import Door, Record
-from resilientdb.engine.holders import holders
+from resilientdb.engine.holders import describe_holder, holders
 from resilientdb.engine.ping import answers
 from resilientdb.engine.shared import SharedSlots, current_thread, limiter
 from resilientdb.engine.slots import Slots
@@ -103,6 +103,7 @@ class QueueDoor(Door, QueuePool):
         # QueuePool's constructor sets the limit already; the rest comes with the cluster's options.
         self._admission: Admission[Waiter] = Admission(limit=None, max_waiting=None)
         self._disposed = False
+        self._longest = (0.0, "")
         super().__init__(
             creator,
             pool_size=pool_size,
@@ -567,6 +568,15 @@ class QueueDoor(Door, QueuePool):
         held = self._slots.mine(self._whoami())
         return [holder for record in held for holder in record._pool.holders((record,))]  # noqa: SLF001
 
+    def longest_held(self) -> str:
+        """Who has held connections longest, in words; not made anew for each of a crowd that is refused."""
+        now = monotonic()
+        made_at, words = self._longest
+        if now - made_at > _STALE or not words:
+            words = ", ".join(map(describe_holder, self.holders()[:_MOST_HOLDERS]))
+            self._longest = now, words
+        return words
+
     @property
     def saturated(self) -> bool:
         most = self._admission.max_waiting
@@ -615,6 +625,11 @@ class QueueDoor(Door, QueuePool):
             create=tally.create.snapshot(),
         )
 
+
+_MOST_HOLDERS = 3
+"""How many of those who hold connections a refusal names."""
+_STALE = 0.05
+"""Seconds for which these words will do."""
 
 _HOLD_SAMPLE = 7
 """One checkout in so many is timed: a prime, so that no rhythm of the program's hides half of its work."""
