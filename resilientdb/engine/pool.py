@@ -89,7 +89,7 @@ class QueueDoor(Door, QueuePool):
     _home: Any = None
     """The event loop that its connections belong to; None: to none."""
     _whoami: Callable[[], Any] = staticmethod(threading.get_ident)
-    """Who is to hold the connection: a thread's ident, a weak reference to a task."""
+    """Who is to hold the connection: a thread's ident, or a task."""
 
     def __init__(
         self,

@@ -314,14 +314,14 @@ def test_an_idle_connection_that_another_thread_takes_first(
     assert_whole(pool, database, 2)
 
 
-def test_refusing_somebody_holds_up_nobody(make_pool: MakePool, database: FakeDatabase) -> None:
-    """What a refusal says is found out after the pool's lock is released: the breaker, which is asked for it, may
-    be waiting for the pool in turn."""
+def test_refusing_somebody_asks_nobody(make_pool: MakePool, database: FakeDatabase) -> None:
+    """Whoever is refused does not wait for the breaker, which may be waiting for the pool in turn. What it says of
+    the node is found out when somebody looks."""
     policy = rdb.Resilience(queue=rdb.SaturationQueue(max_waiting=0))
     pool = make_pool(1, resilience=policy)
     held = pool.connect()
     breaker = pool.node.breaker
-    refused: list[BaseException] = []
+    refused: list[PoolSaturated] = []
 
     def ask() -> None:
         try:
@@ -332,17 +332,12 @@ def test_refusing_somebody_holds_up_nobody(make_pool: MakePool, database: FakeDa
     asking = threading.Thread(target=ask)
     with breaker._guard:
         asking.start()
-        while pool.stats().rejected == 0:
-            time.sleep(0)
-        # In the middle of being refused; a return that needs the pool's lock goes through.
-        held.invalidate()
-        returned = threading.Thread(target=pool._slots.rebalance)
-        returned.start()
-        returned.join(10)
-        assert not returned.is_alive()
-        assert asking.is_alive()
-    asking.join(10)
-    assert len(refused) == 1
+        asking.join(10)
+        assert not asking.is_alive()
+    [error] = refused
+    assert error.snapshot is not None
+    assert error.snapshot.pool is not None
+    assert error.snapshot.pool.rejected == 1
     held.close()
     assert_whole(pool, database, 1)
 
