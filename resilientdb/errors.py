@@ -18,8 +18,8 @@ last attempt the last real error is raised. What is added is this tree::
         └── ConfigurationError       an option is unknown, malformed or contradictory (also a ValueError)
 
 Each carries ``reason`` (a stable slug, fit for a metric label or a problem ``type``), ``retry_after``
-(seconds after which another attempt makes sense, or None) and ``snapshot`` (the node's counts when they are
-first asked for, or None). The failure behind it, where there is one, is ``__cause__``.
+(seconds after which another attempt makes sense, or None) and ``snapshot`` (the node's counts at that
+moment, within 50 ms, or None). The failure behind it, where there is one, is ``__cause__``.
 
 A rejection is not a failure of the database: none of these derives from ``sqlalchemy.exc.DBAPIError``,
 so code that retries on ``OperationalError`` does not retry them, and none derives from the builtin
@@ -34,8 +34,6 @@ import pybreaker
 import sqlalchemy.exc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from resilientdb.stats import NodeStats
 
 __all__ = [
@@ -63,28 +61,15 @@ class ResilienceError(sqlalchemy.exc.SQLAlchemyError):
         *,
         reason: str | None = None,
         retry_after: float | None = None,
-        snapshot: NodeStats | Callable[[], NodeStats] | None = None,
+        snapshot: NodeStats | None = None,
     ) -> None:
         super().__init__(message)
         self.reason = reason or self.default_reason
         self.retry_after = retry_after
-        self._snapshot = snapshot
-
-    @property
-    def snapshot(self) -> NodeStats | None:
-        """The node's counts, as of when they are first asked for: under overload most refusals are never looked at,
-        and must cost nearly nothing."""
-        if callable(self._snapshot):
-            self._snapshot = self._snapshot()
-        return self._snapshot
-
-    @snapshot.setter
-    def snapshot(self, snapshot: NodeStats | None) -> None:
-        self._snapshot = snapshot
+        self.snapshot = snapshot
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Task queues pickle exceptions; keyword-only arguments need to be said explicitly.
-        self._snapshot = self.snapshot
         return _restore, (type(self), self.args, self.__dict__.copy())
 
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.pool import PoolProxiedConnection
 
-    from resilientdb.stats import Holder
+    from resilientdb.stats import Holder, NodeStats
 
 __all__ = ["AsyncQueueDoor", "IdleConnections", "QueueDoor", "guarded"]
 
@@ -103,7 +103,7 @@ class QueueDoor(Door, QueuePool):
         # QueuePool's constructor sets the limit already; the rest comes with the cluster's options.
         self._admission: Admission[Waiter] = Admission(limit=None, max_waiting=None)
         self._disposed = False
-        self._longest = (0.0, "")
+        self._moment: tuple[float, str, NodeStats] | None = None
         super().__init__(
             creator,
             pool_size=pool_size,
@@ -434,6 +434,10 @@ class QueueDoor(Door, QueuePool):
         return connection
 
     def _opening_failed(self, record: Any, error: Exception) -> None:
+        if isinstance(error, ResilienceError):
+            # The deadline of whoever connected, and of nobody else.
+            self._slots.give_back(record)
+            return
         self._tally.connect_failures += 1
         self._upkeep.open_failed()
         if self._slots.connect_failed(record, functools.partial(_same_failure, error)):
@@ -568,14 +572,14 @@ class QueueDoor(Door, QueuePool):
         held = self._slots.mine(self._whoami())
         return [holder for record in held for holder in record._pool.holders((record,))]  # noqa: SLF001
 
-    def longest_held(self) -> str:
-        """Who has held connections longest, in words; not made anew for each of a crowd that is refused."""
+    def moment(self) -> tuple[str, NodeStats]:
+        """Who has held connections longest, in words, and the node's counts; not made anew for each of a crowd that
+        is refused."""
         now = monotonic()
-        made_at, words = self._longest
-        if now - made_at > _STALE or not words:
+        if self._moment is None or not 0 <= now - self._moment[0] <= _STALE:
             words = ", ".join(map(describe_holder, self.holders()[:_MOST_HOLDERS]))
-            self._longest = now, words
-        return words
+            self._moment = now, words, self.node.stats()
+        return self._moment[1:]
 
     @property
     def saturated(self) -> bool:
@@ -629,7 +633,7 @@ class QueueDoor(Door, QueuePool):
 _MOST_HOLDERS = 3
 """How many of those who hold connections a refusal names."""
 _STALE = 0.05
-"""Seconds for which these words will do."""
+"""Seconds for which these words and counts will do."""
 
 _HOLD_SAMPLE = 7
 """One checkout in so many is timed: a prime, so that no rhythm of the program's hides half of its work."""

@@ -32,7 +32,7 @@ def saturated(pool: QueueDoor, refusal: Refusal, waiter: Waiter) -> PoolSaturate
         f"the pool of {pool.node.name} is saturated: {_WHY[refusal]}{after} ({_state(pool)})",
         reason=refusal.value,
         retry_after=pool.expected_wait(),
-        snapshot=pool.node.stats,
+        snapshot=pool.moment()[1],
     )
 
 
@@ -45,7 +45,7 @@ def nested(pool: QueueDoor) -> PoolTimeout:
         "there is none left that could come back. Use one connection for one piece of work, or a pool larger than "
         f"the number of such callers ({_state(pool)})",
         reason=Refusal.DEADLOCK.value,
-        snapshot=pool.node.stats,
+        snapshot=pool.moment()[1],
     )
 
 
@@ -55,7 +55,7 @@ def timed_out(pool: QueueDoor, waited: float) -> PoolTimeout:
         f"QueuePool limit of size {pool.size()} overflow {pool.most_overflow} reached, connection timed out, "
         f"timeout {pool.timeout() or 0:0.2f}: waited {waited:.2f} s for {pool.node.name} ({_state(pool)})",
         retry_after=pool.expected_wait(),
-        snapshot=pool.node.stats,
+        snapshot=pool.moment()[1],
     )
 
 
@@ -66,11 +66,11 @@ def deadline_exceeded(pool: QueueDoor, deadline: Deadline | None, waited: float 
         f"the deadline of {deadline.seconds if deadline else 0:g} s ended{after} before {pool.node.name} gave a "
         f"connection ({_state(pool)})",
         retry_after=pool.expected_wait(),
-        snapshot=pool.node.stats,
+        snapshot=pool.moment()[1],
     )
 
 
 def _state(pool: QueueDoor) -> str:
     """The counts, and who has held connections longest: the first thing to be known about a full pool."""
-    longest = pool.longest_held()
+    longest, _ = pool.moment()
     return f"{pool.counts()}; longest held {longest}" if longest else pool.counts()

@@ -110,6 +110,23 @@ def test_a_failed_connect_is_told_to_all_who_wait_for_the_same(
     assert_whole(pool, database, 1)
 
 
+def test_one_caller_s_deadline_ends_nobody_else_s_wait(make_pool: MakePool, database: FakeDatabase) -> None:
+    """While it connected its time was over, in a listener that asked the database something: no failure of a node."""
+    pool = make_pool(1, resilience=no_retry(), timeout=60.0)
+    database.gate = threading.Event()
+    database.failures.append(DeadlineExceeded("its own"))
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(pool.connect)
+        assert database.connecting.acquire(timeout=10)
+        second = threads.submit(pool.connect)
+        until_waiting(pool, 1)
+        database.gate.set()
+        assert isinstance(first.exception(10), DeadlineExceeded)
+        second.result(10).close()
+    assert pool.stats().connect_failures == 0
+    assert_whole(pool, database, 1)
+
+
 def test_who_waits_goes_on_waiting_while_others_hold_connections(
     make_pool: MakePool, database: FakeDatabase
 ) -> None:
