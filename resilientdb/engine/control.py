@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
+import time
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, overload
@@ -164,7 +164,7 @@ class EngineControl(Control):
         """
         drain.begin(self._cluster)
         for pause in drain.pauses(self._cluster, timeout):
-            _never.wait(pause)
+            time.sleep(pause)
         return drain.finish(self._cluster)
 
 
@@ -195,9 +195,6 @@ def _cold(cluster: Cluster, connections: int | None) -> list[tuple[Door, int]]:
         raise drain.refusal()
     return [(node.pool, most) for node in cluster.nodes if node.pool is not None]
 
-
-_never = threading.Event()
-"""Never set: waiting for it sleeps, and lets signals through."""
 
 _popped: weakref.WeakKeyDictionary[Cluster, deque[dict[str, PoolStats]]] = weakref.WeakKeyDictionary()
 """What was last popped of each cluster: one dictionary, or none while a thread is popping."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -257,7 +256,7 @@ class Door(Pool):
         if self._dialect.is_async:
             await_only(asyncio.sleep(seconds))
         else:
-            _never.wait(seconds)
+            time.sleep(seconds)
 
     def recreate(self) -> Any:
         self.logger.info("Pool recreating")
@@ -330,7 +329,3 @@ class Door(Pool):
 
     def dismiss_waiting(self, refusal: Callable[[], ResilienceError]) -> None:
         """Send everybody in line away with an error; nobody waits at a pool without a queue."""
-
-
-_never = threading.Event()
-"""Never set: waiting for it sleeps, and lets signals through."""
