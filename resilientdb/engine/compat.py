@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection
@@ -27,12 +28,16 @@ __all__ = [
     "record_of",
     "record_of_connection",
     "running_loop",
+    "task_in",
 ]
 
 ConnectionRecord = _ConnectionRecord
 
 running_loop = asyncio._get_running_loop  # noqa: SLF001
 """The event loop that runs in this thread, or None: ``asyncio.get_running_loop`` without the exception."""
+
+task_in: Any = asyncio.current_task if sys.version_info >= (3, 12) else asyncio.tasks._current_tasks.get  # type: ignore[attr-defined]  # noqa: SLF001
+"""The task that runs in this event loop: ``asyncio.current_task``, before it was made fast."""
 
 checkout = _ConnectionFairy._checkout  # noqa: SLF001
 """All that ``Pool.connect`` does."""

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from resilientdb.engine.stacks import Place
     from resilientdb.errors import ResilienceError
     from resilientdb.policy.breaker import Permit
-    from resilientdb.runtime.callers import Caller
     from resilientdb.runtime.context import RequestRecord
     from resilientdb.runtime.watchdog import Watch
     from resilientdb.stats import Holder, PoolStats
@@ -56,9 +55,7 @@ class Record(ConnectionRecord):
     since = 0.0
     """When the last checkout began."""
     holder: Any = None
-    """Whom it was handed to: a thread's ident, a task; None once it is back."""
-    caller: Caller | None = None
-    """The flow of work that it was handed to."""
+    """Whom it was handed to: a thread's flow of work, or a task; None once it is back."""
     place: Place = []  # noqa: RUF012 - never changed, only replaced
     """Where it was checked out; kept only where leaks are looked for."""
     reported = False

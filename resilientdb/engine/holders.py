@@ -5,50 +5,58 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from resilientdb.runtime.callers import current_caller
+from resilientdb.runtime.callers import Flow
 from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.context import current_record
 from resilientdb.stats import Holder
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Iterable, Sequence
 
 __all__ = ["describe_holder", "holders", "mine"]
 
 
 def mine(out: Iterable[Any], me: Any) -> list[Any]:
-    """Of the records that are out, those that the very thread or task ``me`` holds in this flow of work.
+    """Of the records that are out, those that ``me`` holds: a task, or a flow of work of a thread.
 
-    Both are asked for: a connection may be passed on to another thread and its first thread serve somebody else by
-    now (a framework's thread pool), and a task started by this one has its flow of work but is free to go on.
+    What the same thread took for the same request is its own, too, in whatever context: frameworks run each part of
+    a request in a fresh copy. Not what it took for others (a framework's thread pool): it may have been passed on.
+    Nor what a task has that started this one, or was started by it: that one is free to go on.
     """
-    caller, notes = current_caller(), current_record()
+    if not isinstance(me, Flow):
+        return [record for record in out if record.holder is me and me is not None]
+    notes = current_record()
     return [
         record
         for record in out
-        if record.holder == me
-        and (
-            (caller is not None and record.caller is caller) or (notes is not None and record.notes is notes)
+        if record.holder is me
+        or (
+            notes is not None
+            and record.notes is notes
+            and isinstance(record.holder, Flow)
+            and record.holder.thread == me.thread
         )
     ]
 
 
-def holders(out: Sequence[Any], node: str, *, is_async: bool) -> list[Holder]:
+def holders(out: Sequence[Any], node: str) -> list[Holder]:
     """Those who hold the records ``out``, longest first."""
     now = monotonic()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    found = [
-        Holder(
-            node=node,
-            seconds=now - record.since,
-            route=notes.route if (notes := record.notes) is not None else None,
-            thread=None if is_async else names.get(record.holder),
-            task=_task_name(record.holder) if is_async else None,
-            stack=record.stack,
+    found = []
+    for record in out:
+        holder, notes = record.holder, record.notes
+        is_thread = isinstance(holder, Flow)
+        found.append(
+            Holder(
+                node=node,
+                seconds=now - record.since,
+                route=None if notes is None else notes.route,
+                thread=names.get(holder.thread) if is_thread else None,
+                task=None if is_thread or holder is None else holder.get_name(),
+                stack=record.stack,
+            )
         )
-        for record in out
-    ]
     return sorted(found, key=lambda holder: -holder.seconds)
 
 
@@ -58,7 +66,3 @@ def describe_holder(holder: Holder) -> str:
     kind = "thread" if holder.thread else "task"
     by = f"{kind} {who}" if who else "somebody unknown"
     return f"{holder.seconds:.2f} s by {f'{holder.route} ({by})' if holder.route else by}"
-
-
-def _task_name(holder: asyncio.Task[Any] | None) -> str | None:
-    return None if holder is None else holder.get_name()

@@ -63,25 +63,28 @@ class _Hooks:
         self._before_statement(_cursor, _statement, None, context)
 
     def _do_commit(self, connection: Any) -> None:
-        if is_read_only() and self._is_idle(getattr(connection, "dbapi_connection", connection)):
+        raw = getattr(connection, "dbapi_connection", connection)
+        if is_read_only() and self._is_idle(raw):
             return  # nothing was written, nothing can be lost
         deadline = current_deadline()
         if deadline is not None:
             self._hold_to(deadline, record_of(connection), "COMMIT was sent; nothing is committed")
         try:
-            self._commit(connection)
+            self._commit(raw)
         except BaseException as error:
             if not _cannot_have_written(record_of(connection)):
                 _mark_as_commit(error)
             raise
 
     def _do_rollback(self, connection: Any) -> None:
-        if is_read_only() and self._is_idle(getattr(connection, "dbapi_connection", connection)):
+        # The driver's own: SQLAlchemy's proxy would look for each method twice, and then ask the driver's.
+        raw = getattr(connection, "dbapi_connection", connection)
+        if is_read_only() and self._is_idle(raw):
             return  # the driver would send nothing either, but take its time to find that out
         deadline = current_deadline()
         if deadline is not None and (record := record_of(connection)) is not None:
             self._appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))
-        self._rollback(connection)
+        self._rollback(raw)
 
     def _hold_to(self, deadline: Deadline, record: Any, before: str) -> None:
         """Have the watchdog end at the deadline what is about to be sent; refuse to send it after."""

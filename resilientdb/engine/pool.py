@@ -14,7 +14,6 @@ import copy
 import functools
 import math
 import sys
-import threading
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import MissingGreenlet
@@ -22,18 +21,18 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util.queue import Empty
 
 from resilientdb.engine import refusals
-from resilientdb.engine.compat import await_only, checkout, greenlet_spawn, running_loop
+from resilientdb.engine.compat import await_only, checkout, greenlet_spawn, running_loop, task_in
 from resilientdb.engine.door import Door, Record
 from resilientdb.engine.holders import describe_holder, holders
 from resilientdb.engine.ping import answers
-from resilientdb.engine.shared import SharedSlots, current_thread, limiter
+from resilientdb.engine.shared import SharedSlots, limiter, task_or_flow
 from resilientdb.engine.slots import Slots
 from resilientdb.engine.upkeep import PoolUpkeep, in_upkeep
 from resilientdb.errors import ConfigurationError, PoolSaturated, ResilienceError
 from resilientdb.policy.breaker import Permit
 from resilientdb.policy.saturation import Admission, Lane, Refusal
 from resilientdb.runtime.bounded import LeftBehind, run_in_task, run_in_thread
-from resilientdb.runtime.callers import current_caller, introduce
+from resilientdb.runtime.callers import current_flow
 from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.context import Deadline, current_criticality, current_deadline, current_record
 from resilientdb.runtime.waiters import TaskWaiter, ThreadWaiter, Waiter
@@ -86,10 +85,8 @@ class QueueDoor(Door, QueuePool):
     """
 
     _queue_class: Any = IdleConnections
-    _home: Any = None
-    """The event loop that its connections belong to; None: to none."""
-    _whoami: Callable[[], Any] = staticmethod(threading.get_ident)
-    """Who is to hold the connection: a thread's ident, or a task."""
+    _whoami: Callable[[], Any] = staticmethod(current_flow)
+    """Who is to hold the connection: a thread's flow of work, or a task. Raises if it may hold none of ours."""
 
     def __init__(
         self,
@@ -162,7 +159,7 @@ class QueueDoor(Door, QueuePool):
         limit = limiter(shared, self.node.name, self._admission, queue, patient=self.cluster.patient)
         self._admission = limit.admission
         if not self._dialect.is_async:
-            self._whoami = current_thread
+            self._whoami = task_or_flow
         return SharedSlots(limit, **options)
 
     # -- QueuePool's bookkeeping, kept truthful ------------------------------------------------------------
@@ -218,34 +215,32 @@ class QueueDoor(Door, QueuePool):
             raise
 
     def _do_get(self) -> Any:
-        permit = self._breaker.permit
-        if self._home is not None and running_loop() is not self._home:
-            self._move_to(running_loop())
+        # Attributes that hold a function are read first and called then: a method call would look for them twice.
+        permit, whoami, next_idle = self._breaker.permit, self._whoami, self._next_idle
+        me = whoami()
         if permit is None:
-            return self._get_as_probe()
+            return self._get_as_probe(me)
         try:
-            record = self._next_idle()
+            record = next_idle()
         except IndexError:
             record = None  # what goes wrong from here on did not do so while handling this
         if record is None:
-            return self._get_slowly(permit)
+            return self._get_slowly(me, permit)
         if self._invalidate_time > record.starttime and current_deadline() is not None:
-            return self._get_slowly(permit, record)
+            return self._get_slowly(me, permit, record)
         record.permit = permit
         record.since = monotonic()
-        record.holder = me = self._whoami()
-        caller = current_caller()
-        record.caller = caller if caller is not None and caller.me == me else introduce(me)
+        record.holder = me
         self._tally.checkouts += 1
         if current_record() is not None:
             self._note_checkout(record)
         return record
 
-    def _get_as_probe(self) -> Any:
+    def _get_as_probe(self, me: Any) -> Any:
         """The circuit is not closed: a probe's outcome is settled here."""
         permit = self._ask()
         try:
-            record = self._get_slowly(permit)
+            record = self._get_slowly(me, permit)
             if permit.probe:
                 self._reopen(record)
         except BaseException as error:
@@ -266,15 +261,10 @@ class QueueDoor(Door, QueuePool):
 
     def _get_thoroughly(self) -> Any:
         """``_do_get`` where every checkout goes the long way."""
-        permit = self._breaker.permit
-        if self._home is not None and running_loop() is not self._home:
-            self._move_to(running_loop())
-        return self._get_as_probe() if permit is None else self._get_slowly(permit)
+        permit, me = self._breaker.permit, self._whoami()
+        return self._get_as_probe(me) if permit is None else self._get_slowly(me, permit)
 
-    def _move_to(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        """The caller runs in another event loop than before."""
-
-    def _get_slowly(self, permit: Permit, record: Any = None) -> Any:
+    def _get_slowly(self, me: Any, permit: Permit, record: Any = None) -> Any:
         """``record``: an idle one that has been taken already; None: take a slot, or wait for one."""
         deadline = current_deadline()
         if deadline is not None and deadline.remaining() <= 0:
@@ -284,7 +274,7 @@ class QueueDoor(Door, QueuePool):
         if record is None:
             record = self._slots.try_take()
         if record is None:
-            record = self._wait_in_line(deadline)
+            record = self._wait_in_line(me, deadline)
         if not self._is_fit(record, deadline):
             if self._breaker.permit is not permit and not permit.probe:
                 # The circuit has opened while this caller waited, or asked a connection that does not answer.
@@ -293,9 +283,7 @@ class QueueDoor(Door, QueuePool):
             self._open(record, deadline)
         record.permit = permit
         record.since = monotonic()
-        record.holder = me = self._whoami()
-        caller = current_caller()
-        record.caller = caller if caller is not None and caller.me == me else introduce(me)
+        record.holder = me
         self._tally.checkouts += 1
         self._note_checkout(record)
         if self._is_thorough:
@@ -303,7 +291,7 @@ class QueueDoor(Door, QueuePool):
         self._upkeep.used()
         return record
 
-    def _wait_in_line(self, deadline: Deadline | None) -> Any:
+    def _wait_in_line(self, me: Any, deadline: Deadline | None) -> Any:
         """Wait for a slot; returns it with its record. Raises when there is none for this caller."""
         waiter = self._make_waiter()
         lane = Lane[current_criticality().upper()]
@@ -311,7 +299,7 @@ class QueueDoor(Door, QueuePool):
         if not self.cluster.patient:
             # An explicit pool_timeout is waited for, whatever comes of it: another thread may give back what this one
             # holds.
-            waiter.holds = len(self._slots.mine(self._whoami()))
+            waiter.holds = len(self._slots.mine(me))
         patience: float | None = self._timeout
         if left is not None:
             patience = left if patience is None else min(patience, left)
@@ -565,7 +553,7 @@ class QueueDoor(Door, QueuePool):
 
     def holders(self, records: Sequence[Any] | None = None) -> list[Holder]:
         out = self._slots.out() if records is None else records
-        return holders(out, self.node.name, is_async=bool(self._dialect.is_async))
+        return holders(out, self.node.name)
 
     def mine(self) -> list[Holder]:
         """What the caller itself holds."""
@@ -660,8 +648,14 @@ _NOWHERE: Any = object()
 class AsyncQueueDoor(QueueDoor, AsyncAdaptedQueuePool):
     """The pool of one node, for tasks of an event loop. Runs inside SQLAlchemy's greenlets."""
 
-    _home = _NOWHERE
-    _whoami = staticmethod(asyncio.current_task)
+    _home: Any = _NOWHERE
+    """The event loop that its connections belong to."""
+
+    def _whoami(self) -> Any:
+        loop = running_loop()
+        if loop is not self._home:
+            self._move_to(loop)
+        return task_in(loop)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -669,6 +663,7 @@ class AsyncQueueDoor(QueueDoor, AsyncAdaptedQueuePool):
         return None if self._home is _NOWHERE else self._home
 
     def _move_to(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        """The caller runs in another event loop than before."""
         if loop is None:
             raise MissingGreenlet("an AsyncEngine's connections are to be had in an event loop only")
         if self.loop is not None and self._slots.total:

@@ -8,29 +8,30 @@ loop for a thread: a waiter in one is woken by the other, and that is all they h
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from resilientdb.engine.compat import running_loop
+from resilientdb.engine.compat import running_loop, task_in
 from resilientdb.engine.holders import mine
 from resilientdb.engine.slots import Slots
 from resilientdb.errors import ConfigurationError
 from resilientdb.policy.saturation import Admission, Refusal
+from resilientdb.runtime.callers import Flow, current_flow
 from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.section import Section
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from resilientdb.config import SaturationQueue
     from resilientdb.policy.saturation import Lane
     from resilientdb.runtime.waiters import Waiter
 
-__all__ = ["Limiter", "SharedSlots", "current_thread", "limiter"]
+__all__ = ["Limiter", "SharedSlots", "limiter", "task_or_flow"]
 
 
 class Limiter:
@@ -133,31 +134,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-class _Thread(int):
-    """A thread by its ident, and which of its tasks had it."""
-
-    task: asyncio.Task[Any] | None = None
-
-
-def current_thread() -> int:
-    """Who asks a pool of threads."""
-    task = _current_task()
-    if task is None:
-        return threading.get_ident()
-    thread = _Thread(threading.get_ident())
-    thread.task = task
-    return thread
-
-
-def _current_task() -> asyncio.Task[Any] | None:
-    return None if running_loop() is None else asyncio.current_task()
-
-
-def _is_same(holder: Any, thread: int, task: asyncio.Task[Any] | None) -> bool:
-    """Whether what holds a connection, of a pool of threads or of tasks, is what runs now."""
-    if isinstance(holder, int):
-        return holder == thread and getattr(holder, "task", None) == task
-    return task is not None and holder == task
+def task_or_flow() -> asyncio.Task[Any] | Flow:
+    """Who asks a pool of threads: where it is a task that does so, the same as asks an AsyncEngine's pool."""
+    loop = running_loop()
+    task = None if loop is None else task_in(loop)
+    return current_flow() if task is None else task
 
 
 class SharedSlots(Slots):
@@ -220,16 +201,10 @@ class SharedSlots(Slots):
         self._total += 1
         return self._bare()
 
-    def mine(self, me: Any) -> list[Any]:  # noqa: ARG002 - known by other names in the other pools
+    def mine(self, me: Any) -> list[Any]:
         """Of all the pools: a task that has a connection of its AsyncEngine and waits for one of the Engine's keeps
         the one it has, and the other way round. A thread that it has started may wait without it."""
-        thread, task = threading.get_ident(), _current_task()
-        return [
-            record
-            for slots in self._limiter.pools()
-            for record in slots.out()
-            if _is_same(record.holder, thread, task) and mine((record,), record.holder)
-        ]
+        return mine([record for slots in self._limiter.pools() for record in slots.out()], me)
 
     # -- back ----------------------------------------------------------------------------------------------
 

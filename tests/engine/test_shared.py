@@ -565,13 +565,29 @@ def test_a_task_that_holds_one_of_the_engine_of_threads(make: Makers, loop: Loop
 
     async def main() -> None:
         held = one.connect()
-        with pytest.raises(PoolTimeout, match=r"holds a connection of db already.*thread") as caught:
+        with pytest.raises(PoolTimeout, match=r"holds a connection of db already.*task") as caught:
             await other.take()
         assert caught.value.reason == "pool-nested"
         held.close()
 
     loop.run(main())
     assert_whole(one, other, loop, 1)
+
+
+def test_a_task_that_holds_of_both_engines_holds_both(make: Makers, loop: LoopThread) -> None:
+    one, other = make.threads(2), make.tasks(2)
+
+    async def main() -> None:
+        held = await other.take(), one.connect()
+        for ask in (other.take, lambda: asyncio.sleep(0, one.connect())):
+            with pytest.raises(PoolTimeout, match=r"already \(.*task Task.*, .*task Task") as caught:
+                await ask()
+            assert caught.value.reason == "pool-nested"
+        await give(held[0])
+        held[1].close()
+
+    loop.run(main())
+    assert_whole(one, other, loop, 2)
 
 
 def test_who_was_started_by_one_that_holds_does_not_hold(make: Makers, loop: LoopThread) -> None:
