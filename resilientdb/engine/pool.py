@@ -34,7 +34,14 @@ from resilientdb.policy.saturation import Admission, Lane, Refusal
 from resilientdb.runtime.bounded import LeftBehind, run_in_task, run_in_thread
 from resilientdb.runtime.callers import current_flow
 from resilientdb.runtime.clock import monotonic
-from resilientdb.runtime.context import Deadline, current_criticality, current_deadline, current_record
+from resilientdb.runtime.context import (
+    CRITICALITIES,
+    Criticality,
+    Deadline,
+    current_criticality,
+    current_deadline,
+    current_record,
+)
 from resilientdb.runtime.waiters import TaskWaiter, ThreadWaiter, Waiter
 from resilientdb.stats import PoolStats
 
@@ -294,7 +301,7 @@ class QueueDoor(Door, QueuePool):
     def _wait_in_line(self, me: Any, deadline: Deadline | None) -> Any:
         """Wait for a slot; returns it with its record. Raises when there is none for this caller."""
         waiter = self._make_waiter()
-        lane = Lane[current_criticality().upper()]
+        lane = _LANES[current_criticality()]
         left = None if deadline is None else deadline.remaining()
         if not self.cluster.patient:
             # An explicit pool_timeout is waited for, whatever comes of it: another thread may give back what this one
@@ -474,15 +481,12 @@ class QueueDoor(Door, QueuePool):
         admission: Any = self._admission  # looked at twice, and it may change in between
         if not tally.checkouts % _HOLD_SAMPLE:
             tally.hold.add(monotonic() - record.since)
-        if (
-            record.permit is breaker.permit
-            and not record.owes
-            and record.dbapi_connection is not None
-            and not admission.waiting
-            and len(idle) < slots.keep
-        ):
+        if record.permit is breaker.permit and not record.owes and record.dbapi_connection is not None:
             breaker.answered += 1
             record.holder = None  # a task that has ended need not be kept
+            if admission.waiting or len(idle) >= slots.keep:
+                slots.give_back(record)
+                return
             idle.append(record)
             if admission.waiting or len(idle) > slots.keep:
                 slots.rebalance()
@@ -617,6 +621,8 @@ class QueueDoor(Door, QueuePool):
             create=tally.create.snapshot(),
         )
 
+
+_LANES: dict[Criticality, Lane] = {level: Lane[level.upper()] for level in CRITICALITIES}
 
 _MOST_HOLDERS = 3
 """How many of those who hold connections a refusal names."""

@@ -15,7 +15,7 @@ from resilientdb.engine.holders import mine
 from resilientdb.policy.lifecycle import Retirement
 from resilientdb.policy.saturation import Admission, Lane, Refusal
 from resilientdb.runtime.clock import monotonic
-from resilientdb.runtime.section import Section
+from resilientdb.runtime.section import Reentered, Section
 
 if TYPE_CHECKING:
     from collections import deque
@@ -89,8 +89,8 @@ class Slots:
 
     def try_take(self) -> Any:
         """A record, for a slot that is now the caller's; its connection may be None: to be opened. None: there is
-        no slot left."""
-        return self.section.run(self._take)
+        no slot left; or somebody waits for one, and ``join`` will know."""
+        return None if self.admission.waiting else self.section.run(self._take)
 
     def join(self, waiter: Waiter, lane: Lane, remaining: float | None) -> Any:
         """As ``try_take``, but where there is no slot left the caller stands in line (None), or may not (a
@@ -157,12 +157,14 @@ class Slots:
         """Hand a slot on, with its connection if there is one."""
         if record.inherited:
             self._parents.append(record)
-        elif self.section.is_inside():
-            self.section.afterwards(functools.partial(self._give_back_late, record))
-        else:
+            return
+        try:
             end = self.section.run(self._settle, record)
-            if end is not None:
-                self.discard(record, end)
+        except Reentered:
+            self.section.afterwards(functools.partial(self._give_back_late, record))
+            return
+        if end is not None:
+            self.discard(record, end)
 
     def reclaim(self, token: object) -> None:
         """A slot's record was forgotten, whatever became of its connection."""
@@ -406,7 +408,7 @@ class Slots:
     def out(self) -> list[Any]:
         """The records that are in somebody's hands."""
         # A list: a tuple is allocated when the iteration has begun, and a collection in between may change the dict.
-        records = (reference() for reference in list(self.records.values()))
+        records = [reference() for reference in list(self.records.values())]
         return [record for record in records if record is not None and record.fairy_ref is not None]
 
     def mine(self, me: Any) -> list[Any]:

@@ -134,11 +134,11 @@ def test_the_more_critical_take_the_places_of_the_less_critical(
     held = callers.held()
     displaced = callers.waiting("sheddable_plus")
     first = callers.waiting("critical")
-    clock.advance(0.25)
+    clock.advance(0.1)
     second = callers.waiting("critical_plus")
     error = sent_away(displaced)  # while the only connection is still held
     assert error.reason == "pool-displaced"
-    assert "after 0.25 s in line" in str(error)
+    assert "after 0.10 s in line" in str(error)
     assert "1 active, 0 idle, 2 waiting" in str(error)
     assert callers.refused("critical").reason == "pool-saturated"
     held.close()
