@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import Dialect
 
     from resilientdb.engine.door import Door
-    from resilientdb.stats import EngineState, Role
+    from resilientdb.stats import EngineState, PoolStats, Role
 
 __all__ = ["Cluster"]
 
@@ -59,6 +59,8 @@ class Cluster:
         self._listeners: list[Callable[[Event], object]] = []
         self._rng = random.Random()
         self._retries = 0
+        self._popped: dict[str, PoolStats] = {}
+        """What was told when the counts were popped last."""
         self.patient = False
         """Whether callers wait as long as they said (an explicit ``pool_timeout``), overload or not."""
         self.draining_since: float | None = None
@@ -216,6 +218,18 @@ class Cluster:
             retries=retries,
             retry_budget=left,
         )
+
+    def pool_stats(self) -> dict[str, PoolStats]:
+        """Of each node's pool that keeps counts."""
+        known = ((node.name, node.pool.stats()) for node in self.nodes if node.pool is not None)
+        return {name: stats for name, stats in known if stats is not None}
+
+    def pop_stats(self) -> dict[str, PoolStats]:
+        """As ``pool_stats``, since this was called last."""
+        with self._lock:
+            now = self.pool_stats()
+            before, self._popped = self._popped, now
+        return {name: stats.since(before[name]) if name in before else stats for name, stats in now.items()}
 
     def _rate(self) -> float:
         """Successful calls a second, on all nodes."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 import weakref
-from collections import deque
 from typing import TYPE_CHECKING, Any, overload
 
 from sqlalchemy import Engine
@@ -90,25 +88,12 @@ class Control:
 
         A pool class of the user's own keeps no counts, and is left out.
         """
-        known = ((node.name, node.pool.stats()) for node in self._cluster.nodes if node.pool is not None)
-        return {name: stats for name, stats in known if stats is not None}
+        return self._cluster.pool_stats()
 
     def pop_stats(self) -> dict[str, PoolStats]:
         """As ``get_stats()``, but counted since anybody last popped this engine's: nothing is told twice, and
         nothing is lost. For one reporter that adds up what it is told; gauges are as they are now."""
-        memory = _popped.setdefault(self._cluster, deque([{}], maxlen=1))
-        try:
-            # Whoever takes it out is alone until it is back, as with a lock; but nobody waits.
-            before = memory.pop()
-        except IndexError:
-            # Somebody is popping at this moment: all there was is theirs.
-            return {name: stats.since(stats) for name, stats in self.get_stats().items()}
-        now = before
-        try:
-            now = self.get_stats()
-        finally:
-            memory.append(now)
-        return {name: stats.since(before[name]) if name in before else stats for name, stats in now.items()}
+        return self._cluster.pop_stats()
 
     def holders(self) -> list[Holder]:
         """Who has a connection now, of any node, the longest first. No I/O."""
@@ -194,17 +179,3 @@ def _cold(cluster: Cluster, connections: int | None) -> list[tuple[Door, int]]:
     if cluster.draining_since is not None:
         raise drain.refusal()
     return [(node.pool, most) for node in cluster.nodes if node.pool is not None]
-
-
-_popped: weakref.WeakKeyDictionary[Cluster, deque[dict[str, PoolStats]]] = weakref.WeakKeyDictionary()
-"""What was last popped of each cluster: one dictionary, or none while a thread is popping."""
-
-
-def _after_fork() -> None:
-    for memory in _popped.values():
-        if not memory:
-            memory.append({})  # it went out with a thread that exists in the parent only
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

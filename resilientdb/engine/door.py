@@ -204,7 +204,7 @@ class Door(Pool):
         else:
             self._breaker.release(permit)
 
-    def _connect_failed(self, error: BaseException, permit: Permit | None) -> None:
+    def connect_failed(self, error: BaseException, permit: Permit | None) -> None:
         """A connect under the closed circuit's ``permit`` failed: tell the breaker, if it is the node's fault."""
         if permit is not None and classify(error, Phase.CONNECT).is_node_failure:
             self._breaker.record_failure(permit, error)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import copy
 import functools
 import math
 import sys
@@ -24,6 +23,7 @@ from resilientdb.engine import refusals
 from resilientdb.engine.compat import await_only, checkout, greenlet_spawn, running_loop, task_in
 from resilientdb.engine.door import Door, Record
 from resilientdb.engine.holders import describe_holder, holders
+from resilientdb.engine.opening import Opening, was_shared
 from resilientdb.engine.ping import answers
 from resilientdb.engine.shared import SharedSlots, limiter, task_or_flow
 from resilientdb.engine.slots import Slots
@@ -31,7 +31,7 @@ from resilientdb.engine.upkeep import PoolUpkeep, in_upkeep
 from resilientdb.errors import ConfigurationError, PoolSaturated, ResilienceError
 from resilientdb.policy.breaker import Permit
 from resilientdb.policy.saturation import Admission, Lane, Refusal
-from resilientdb.runtime.bounded import LeftBehind, run_in_task, run_in_thread
+from resilientdb.runtime.bounded import run_in_task, run_in_thread
 from resilientdb.runtime.callers import current_flow
 from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.context import (
@@ -145,10 +145,9 @@ class QueueDoor(Door, QueuePool):
             doubtful=life.validate_idle == 0,
         )
         self._next_idle = self._slots.next_idle
-        self._life = life
         self._upkeep = PoolUpkeep(self, self._slots, life)
-        self._open_physical: Callable[[Any], Any] = self._invoke_creator
-        self._invoke_creator = self._opened  # type: ignore[assignment]
+        self.opening = Opening(self, self._slots, self._upkeep, self._invoke_creator)
+        self._invoke_creator = self.opening.create  # type: ignore[assignment]
         self._is_thorough = (
             life.max_uses is not None
             or life.leak_threshold is not None
@@ -207,7 +206,7 @@ class QueueDoor(Door, QueuePool):
                 raise
             first: Exception = refusal
         except Exception as error:
-            self._connect_failed(error, permit)
+            self.connect_failed(error, permit)
             if not self.cluster.may_retry(error):
                 raise
             first = error
@@ -218,7 +217,7 @@ class QueueDoor(Door, QueuePool):
         try:
             return checkout(self)
         except Exception as error:
-            self._connect_failed(error, permit)
+            self.connect_failed(error, permit)
             raise
 
     def _do_get(self) -> Any:
@@ -287,7 +286,7 @@ class QueueDoor(Door, QueuePool):
                 # The circuit has opened while this caller waited, or asked a connection that does not answer.
                 self._slots.give_back(record)
                 raise self._breaker.refusal()
-            self._open(record, deadline)
+            self.opening.open(record, deadline)
         record.permit = permit
         record.since = monotonic()
         record.holder = me
@@ -353,94 +352,24 @@ class QueueDoor(Door, QueuePool):
     def _make_record(self) -> Record:
         return Record(self, connect=False)
 
-    def _open(self, record: Any, deadline: Deadline | None) -> None:
-        """Open the connection of the slot held. The slot goes back if that fails."""
-        try:
-            self.cluster.wake()
-            if deadline is None:
-                record.get_connection()
-            else:
-                self._open_elsewhere(record, deadline)
-        except LeftBehind as left:
-            # The slot is the business of whoever adopts.
-            raise left.__cause__ or refusals.deadline_exceeded(self, deadline) from None
-        except Exception as error:
-            self._opening_failed(record, error)
-            raise
-        except BaseException:
-            self._slots.give_back(record)
-            raise
-
-    def _open_elsewhere(self, record: Any, deadline: Deadline) -> None:
-        """Connect where the caller need not wait for it longer than its deadline."""
-        permit = self._breaker.permit
-
-        def adopt(_opened: Any, error: BaseException | None) -> None:
-            if isinstance(error, Exception):
-                self._connect_failed(error, permit)
-                self._opening_failed(record, error)
-            else:
-                self._slots.give_back(record)
-
-        self._run_bounded(record.get_connection, deadline.remaining(), adopt)
-
-    def _run_bounded(
+    def run_bounded(
         self, work: Callable[[], Any], seconds: float, adopt: Callable[[Any, BaseException | None], None]
     ) -> Any:
+        """Do ``work`` where the caller need not wait for it any longer; see ``runtime.bounded``."""
         return run_in_thread(work, seconds, adopt)
-
-    def open_one(self) -> bool:
-        """Open one more connection for nobody in particular; False when there may be no more. Raises as connecting
-        does."""
-        record = self._slots.open_slot()
-        if record is None:
-            return False
-        self._open(record, current_deadline())
-        self._slots.give_back(record)
-        return True
 
     def warm(self, connections: int) -> None:
         self._upkeep.may_open = False
         try:
             # More than it keeps would be closed at once, and missed again.
-            while self._slots.total < min(connections, self._slots.keep) and self.open_one():
+            while self._slots.total < min(connections, self._slots.keep) and self.opening.open_one():
                 pass
         finally:
             self._upkeep.may_open = True
 
-    def open_in_background(self) -> bool:
-        """As ``open_one``; a failure is told to the breaker, and to nobody else. False: nothing was tried."""
-        permit = self._breaker.permit
-        try:
-            return self.open_one()
-        except Exception as error:  # noqa: BLE001 - nobody is there to hear it
-            self._connect_failed(error, permit)
-            return True
-
-    def _opened(self, record: Any) -> Any:
-        """The pool's creator: every physical connection is opened here."""
-        began = monotonic()
-        connection = self._open_physical(record)
-        self._tally.opened += 1
-        if record is not None:
-            now = monotonic()
-            self._tally.create.add(now - began)
-            self._upkeep.opened(record, now)
-        return connection
-
-    def _opening_failed(self, record: Any, error: Exception) -> None:
-        if isinstance(error, ResilienceError):
-            # The deadline of whoever connected, and of nobody else.
-            self._slots.give_back(record)
-            return
-        self._tally.connect_failures += 1
-        self._upkeep.open_failed()
-        if self._slots.connect_failed(record, functools.partial(_same_failure, error)):
-            self._upkeep.rest()
-
-    def _connect_failed(self, error: BaseException, permit: Permit | None) -> None:
-        if not getattr(error, _SHARED, False):  # counted by whom it happened to
-            super()._connect_failed(error, permit)
+    def connect_failed(self, error: BaseException, permit: Permit | None) -> None:
+        if not was_shared(error):  # counted by whom it happened to
+            super().connect_failed(error, permit)
 
     def _is_fit(self, record: Any, deadline: Deadline | None) -> bool:
         """Whether its connection can be handed out as it is. (SQLAlchemy replaces an invalidated one, too, but
@@ -449,17 +378,15 @@ class QueueDoor(Door, QueuePool):
             return False
         if deadline is not None and record._is_hard_or_soft_invalidated():  # noqa: SLF001
             return False
-        return not record.dozed or self._is_awake(record, deadline)
+        return not record.dozed or self._is_awake(record)
 
-    def _is_awake(self, record: Any, deadline: Deadline | None) -> bool:
+    def _is_awake(self, record: Any) -> bool:
         """Whether a connection that nobody has used for a while still answers. Its slot stays the caller's."""
         record.dozed = False
         if self._pre_ping:
             return True  # SQLAlchemy asks anyway
-        limit = self._life.validation_timeout
-        seconds = limit if deadline is None else min(limit, deadline.remaining())
         try:
-            alive = answers(self.cluster.dialect, self.cluster.driver, record.dbapi_connection, seconds)
+            alive = answers(self.cluster.dialect, record.dbapi_connection)
         except BaseException as error:
             record.invalidate(error)
             self._slots.give_back(record)
@@ -632,21 +559,6 @@ _STALE = 0.05
 _HOLD_SAMPLE = 7
 """One checkout in so many is timed: a prime, so that no rhythm of the program's hides half of its work."""
 
-_SHARED = "_resilientdb_shared"
-"""Marks a failure that is told to a caller to whom it did not happen itself."""
-
-
-def _same_failure(error: Exception) -> Exception:
-    """The failure as told to somebody who waited for the same: an object of its own, for its own traceback."""
-    try:
-        told = copy.copy(error)
-        setattr(told, _SHARED, True)
-    except Exception:  # noqa: BLE001 - a class whose objects cannot be copied or marked
-        return error
-    told.__cause__ = error
-    return told
-
-
 _NOWHERE: Any = object()
 """The home of a pool for tasks that has no connections yet."""
 
@@ -709,7 +621,7 @@ class AsyncQueueDoor(QueueDoor, AsyncAdaptedQueuePool):
     def _make_waiter(self) -> Waiter:
         return TaskWaiter(asyncio.get_running_loop(), await_only)
 
-    def _run_bounded(
+    def run_bounded(
         self, work: Callable[[], Any], seconds: float, adopt: Callable[[Any, BaseException | None], None]
     ) -> Any:
         return run_in_task(work, seconds, adopt, spawn=greenlet_spawn, suspend=await_only)

@@ -217,12 +217,7 @@ class PoolUpkeep:
             if not self._slots.withdraw(record):
                 continue
             try:
-                alive = answers(
-                    pool.cluster.dialect,
-                    pool.cluster.driver,
-                    record.dbapi_connection,
-                    self._life.validation_timeout,
-                )
+                alive = answers(pool.cluster.dialect, record.dbapi_connection)
                 record.dozed = False
                 if not alive:
                     pool.node.tally.count_retired("keepalive")
@@ -236,7 +231,7 @@ class PoolUpkeep:
     def _open_one(self, loop: asyncio.AbstractEventLoop | None) -> None:
         pause = _OPEN_AGAIN
         try:
-            if self._slots.keep and self._pool.open_in_background():
+            if self._slots.keep and self._pool.opening.open_in_background():
                 pause = 0.0
         finally:
             with contextlib.suppress(ValueError):  # a fork, meanwhile

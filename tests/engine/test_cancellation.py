@@ -366,7 +366,7 @@ def test_threads_interrupted_wherever_they_wait(
             perhaps("after", 0.1)
             return woken
 
-    open_physical: Any = pool._open_physical
+    open_physical: Any = pool.opening.physical
 
     def connect(record: Any) -> Any:
         if hasattr(own, "dice"):  # with a deadline, connecting is left to a helper
@@ -376,7 +376,7 @@ def test_threads_interrupted_wherever_they_wait(
         return connection
 
     monkeypatch.setattr(pool, "_make_waiter", InLine)
-    monkeypatch.setattr(pool, "_open_physical", connect)
+    monkeypatch.setattr(pool.opening, "physical", connect)
 
     def work(seed: int) -> None:
         own.dice = dice = random.Random(seed)

@@ -104,7 +104,7 @@ def test_storm(make: Makers, database: FakeDatabase, loop: LoopThread, seed: int
         return plain()
 
     database.connect = unreliable  # type: ignore[method-assign]
-    one._open_physical = lambda _record: unreliable()
+    one.opening.physical = lambda _record: unreliable()
 
     def spoil(dice: random.Random, connection: Any) -> Any:
         fate = dice.random()
@@ -181,7 +181,7 @@ def test_storm(make: Makers, database: FakeDatabase, loop: LoopThread, seed: int
     assert gauge.most <= limit, "more at work than the limit"
     assert gauge.most > 1
     database.connect = plain  # type: ignore[method-assign]
-    one._open_physical = lambda _record: plain()
+    one.opening.physical = lambda _record: plain()
     gc.collect()
     assert_whole(one, other, loop, limit)
 
@@ -706,7 +706,7 @@ def test_a_failing_connect_is_told_to_its_own(make: Makers, loop: LoopThread) ->
         assert gate.wait(20)
         raise ConnectionRefusedError("connection refused")
 
-    one._open_physical = refuse
+    one.opening.physical = refuse
     opening = in_thread(one.connect)
     until(lambda: one.stats().active == 1)
     thread, task = in_thread(one.connect), loop.start(other.take())
@@ -718,5 +718,5 @@ def test_a_failing_connect_is_told_to_its_own(make: Makers, loop: LoopThread) ->
     assert len(attempts) == 1
     loop.run(give(task.result(10)))
     loop.run(give(first))
-    one._open_physical = lambda _record: make.database.connect()
+    one.opening.physical = lambda _record: make.database.connect()
     assert_whole(one, other, loop, 2)
