@@ -58,6 +58,16 @@ class Overload:
         """Whether somebody who has waited so long is to be sent away."""
         return self.now and waited > 2 * self._target
 
+    def makes_room(self, waited: float) -> bool:
+        """Whether the oldest, who has waited so long, gives its place to a newcomer who finds none left.
+
+        One of the two is turned away in any case, so no answer is lost by it, and who is served has waited less. It
+        needs no verdict, which takes an interval: until then all would be served only after a full line's wait, or,
+        when the database has become slow, after they have given up. It takes a target more than ``is_too_old``, so
+        that in a spike that soon passes hardly anybody waits for nothing.
+        """
+        return self.now or (waited > 3 * self._target and self._interval != math.inf)
+
     def next_look(self, oldest_wait: float, now: float) -> float:
         """Seconds until a line that stands shows something new: its oldest has waited for ``target``, the verdict,
         somebody who is too old. For the last, who is so already is taken to stay. Infinite: nothing ever."""
@@ -75,7 +85,11 @@ class Overload:
         self._sent_away_at = now
 
     def drained(self) -> None:
-        """Nobody waits any more."""
+        """Nobody waits any more.
+
+        That ends it at once, even if the line is empty because it was shed: under a load that can just be served, a
+        verdict that outlived its line would go on turning callers away, and the slots would have nothing to do.
+        """
         self._above_since = None
         self.now = False
 

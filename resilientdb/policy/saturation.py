@@ -14,9 +14,11 @@ is so always given to somebody who still has time to use it: that is what keeps 
 Each line has a verdict of its own: what is too much for the less critical may leave ample room for the others.
 
 **Who may wait.** At most ``max_waiting`` callers; of these, the less critical may take only their share, and a more
-critical newcomer takes the place of the least critical who has waited longest. A caller whose time would be over
-before its turn comes is refused on arrival: it would only stand in the way. The first in line never is: it stands in
-nobody's way, and finds out whether the line still moves as slowly as it did.
+critical newcomer takes the place of the least critical who has waited longest. Nor need it be more critical once the
+oldest of its own line has waited more than three times the target: one of the two is turned away in any case, and the
+newer has more time left. A caller whose time would be over before its turn comes is refused on arrival: it would only
+stand in the way. The first in line never is: it stands in nobody's way, and finds out whether the line still moves as
+slowly as it did.
 
 **Who holds already** and wants one more keeps others waiting while it waits. So it stands in a line of its own, ahead
 of all, always first come first served, from which only its own deadline sends it away. There is room for all of them:
@@ -64,7 +66,8 @@ class Refusal(enum.Enum):
     DEADLOCK = "pool-nested"
     """With it, every slot would be held by somebody who waits for one more: none would ever come free."""
     DISPLACED = "pool-displaced"
-    """It had to make room for a more critical caller, or, under overload, for a newer one."""
+    """It had to make room for a more critical caller; or for a newer one, because its line is overloaded, or full
+    and it had waited more than three times the target."""
     SHED = "pool-shed"
     """Its line is overloaded, and it had waited more than twice the target; or it had too little time left."""
 
@@ -182,7 +185,7 @@ class Admission(Generic[W]):
                 self._drain.begins(now, left_at)
         crowded: Lane | None = None
         if not self._has_room(lane):
-            crowded = self._lane_to_shorten(lane)
+            crowded = self._lane_to_shorten(lane, now)
             if crowded is None:
                 return Refusal.FULL
         if holds and self._held + holds >= self.total and not self._may_grow():
@@ -359,13 +362,14 @@ class Admission(Generic[W]):
         """The first lane in which somebody waits."""
         return next(lane for lane in _LANES if self._lines[lane])
 
-    def _lane_to_shorten(self, lane: Lane) -> Lane | None:
-        """Whose longest waiting makes room for a newcomer of ``lane``: the least critical's, or, under overload, its
-        own. None: nobody's."""
+    def _lane_to_shorten(self, lane: Lane, now: float) -> Lane | None:
+        """Whose longest waiting makes room for a newcomer of ``lane``: the least critical's, or, once it is old
+        enough, its own. None: nobody's."""
         for less_critical in _LEAST_CRITICAL_FIRST[: Lane.SHEDDABLE - lane]:
             if self._lines[less_critical]:
                 return less_critical
-        return lane if self._lines[lane] and self._overloads[lane].now else None
+        line = self._lines[lane]
+        return lane if line and self._overloads[lane].makes_room(now - next(iter(line)).since) else None
 
     def _send_away_first(self, lane: Lane, now: float) -> W:
         self._overloads[lane].sent_away(now)

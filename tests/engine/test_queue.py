@@ -244,7 +244,7 @@ def test_a_timeout_beyond_all_clocks_is_no_error(make_pool: MakePool) -> None:
 
 
 def test_a_full_line_refuses_at_once(make_pool: MakePool, database: FakeDatabase) -> None:
-    pool = make_pool(1, resilience=no_retry(max_waiting=2))
+    pool = make_pool(1, resilience=no_retry(max_waiting=2, target=5.0))
     held = by_another(pool.connect)
     with ThreadPoolExecutor(2) as threads:
         waiting = [threads.submit(pool.connect) for _ in range(2)]

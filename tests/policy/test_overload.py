@@ -160,6 +160,13 @@ def test_too_old_is_who_waited_more_than_twice_the_target_under_overload() -> No
     assert not make().is_too_old(100 * TARGET)
 
 
+def test_room_is_made_by_who_waited_more_than_three_targets_and_under_overload_by_anybody() -> None:
+    assert [make().makes_room(waited) for waited in (0, 3 * TARGET, 3 * TARGET + 1)] == [False, False, True]
+    overload, _ = overloaded()
+    assert overload.makes_room(0)
+    assert not Overload(TARGET, math.inf).makes_room(100 * TARGET), "there is no verdict"
+
+
 def test_when_a_line_that_stands_shows_something_new() -> None:
     overload = make()
     assert overload.next_look(10, 10) == TARGET - 10

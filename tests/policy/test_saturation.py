@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import hypothesis
 import pytest
@@ -133,7 +134,7 @@ class Pool(RuleBasedStateMachine):
         if answer is Refusal.FULL:
             assert share_is_taken
             assert not less_critical
-            assert not (self.overloaded[lane] and self.lines[lane])
+            assert not self.makes_room(lane)
             return
         nobody_else_works = not [other for other in self.at_work if other is not caller]
         assert (answer is Refusal.DEADLOCK) is (caller.holds > 0 and nobody_else_works)
@@ -151,13 +152,18 @@ class Pool(RuleBasedStateMachine):
             if less_critical:
                 assert answer is less_critical[-1][0], "the least critical who has waited longest"
             else:
-                assert self.overloaded[lane]
+                assert self.makes_room(lane)
                 assert answer is self.lines[lane][0]
             assert not answer.holds
             self.take_out(answer)
             self.sent_away_at[answer.lane] = self.now
         assert caller.lane is lane
         self.lines[lane].append(caller)
+
+    def makes_room(self, lane: Lane) -> bool:
+        """Whether the oldest of a line has to, for somebody who is no more critical."""
+        line = self.lines[lane]
+        return bool(line) and (self.overloaded[lane] or self.now - line[0].since > 3 * TARGET)
 
     # -- leaving -----------------------------------------------------------------------------------------------
 
@@ -450,6 +456,60 @@ def test_under_overload_the_newest_is_served_and_the_oldest_makes_room() -> None
     newcomers = [Waiter(number) for number in range(10, 14)]
     assert [admission.join(waiter, Lane.CRITICAL, now) for waiter in newcomers] == [None, None, None, oldest]
     assert admission.serve(now) == ([], newcomers[-1])
+
+
+@pytest.mark.parametrize("lane", SHARES)
+def test_where_all_places_are_taken_the_oldest_makes_room_once_it_has_waited_three_targets(
+    lane: Lane,
+) -> None:
+    admission = make(max_waiting=40)
+    places = round(40 * SHARES[lane])
+    waiters = [Waiter(number) for number in range(places)]
+    for waiter in waiters:
+        assert admission.join(waiter, lane, waiter.number / 1000) is None
+    oldest, second = waiters[:2]
+    now = 3 * TARGET
+    assert admission.join(Waiter(50), lane, now) is Refusal.FULL
+    newer = Waiter(51)
+    assert admission.join(newer, lane, now + 0.0005) is oldest
+    assert admission.join(Waiter(52), lane, now + 0.0005) is Refusal.FULL, "the next one is not so old"
+    assert not any(admission.overloaded())
+    assert admission.serve(now + 0.0005) == ([], second), "first come first served"
+
+
+def test_who_finds_a_place_sends_nobody_away() -> None:
+    admission = make(max_waiting=3)
+    first, second, third = (Waiter(number) for number in range(3))
+    assert admission.join(first, Lane.CRITICAL, 0.0) is None
+    assert admission.join(second, Lane.CRITICAL, INTERVAL * 0.9) is None
+    assert admission.join(third, Lane.CRITICAL, INTERVAL * 0.9) is None
+    assert admission.serve(INTERVAL * 0.9) == ([], first)
+
+
+def test_nobody_makes_room_for_the_less_critical_however_long_it_has_waited() -> None:
+    admission = make(max_waiting=4)
+    for number in range(4):
+        admission.join(Waiter(number), Lane.CRITICAL, 0.0)
+    assert admission.join(Waiter(4), Lane.SHEDDABLE_PLUS, 10.0) is Refusal.FULL
+
+
+def test_nor_where_no_verdict_is_wanted() -> None:
+    """An explicit ``pool_timeout`` says how long callers wait."""
+    admission: Admission[Waiter] = Admission(limit=0, max_waiting=1, target=TARGET, interval=math.inf)
+    assert admission.join(Waiter(0), Lane.CRITICAL, 0.0) is None
+    assert admission.join(Waiter(1), Lane.CRITICAL, 3600.0) is Refusal.FULL
+
+
+def test_a_hopeless_caller_does_not_take_the_place_of_the_oldest_either() -> None:
+    admission = make(max_waiting=4)
+    for number in range(6):
+        admission.join(Waiter(number), Lane.CRITICAL, 0.0)
+    for now in (0.05, 0.1):
+        admission.serve(now)
+    for number in range(6, 8):
+        admission.join(Waiter(number), Lane.CRITICAL, now)
+    assert admission.join(Waiter(8), Lane.CRITICAL, 0.16, 0.2) is Refusal.HOPELESS
+    assert isinstance(admission.join(Waiter(9), Lane.CRITICAL, 0.16, 2.0), Waiter)
 
 
 def test_shedding_leaves_the_newest_of_the_most_critical() -> None:

@@ -125,9 +125,13 @@ class Simulation:
 
     def join(self, who: Caller) -> None:
         stuck = self.would_be_stuck(who)
+        overloaded = self.admission.overloaded()[who.named]
         answer = self.admission.join(who, who.named, self.now, who.patience)
         assert (answer is Refusal.DEADLOCK) is stuck
         if isinstance(answer, Refusal):
+            if answer is Refusal.FULL and (line := self.lines[who.named]):
+                assert not overloaded
+                assert self.now - next(iter(line)).since <= 3 * TARGET
             self.count(answer.value, who)
             self.finish(who)
             return
@@ -136,6 +140,9 @@ class Simulation:
             assert answer.lane >= who.lane > Lane.HOLDING, "nobody makes room for the less critical"
             assert answer is next(iter(self.lines[answer.lane]))
             assert not any(self.lines[lane] for lane in Lane if lane > max(answer.lane, who.lane))
+            if answer.lane is who.lane and not overloaded:
+                assert self.now - answer.since > 3 * TARGET, "it takes a verdict, or that it has waited long"
+                self.seen["displaced by its like"] += 1
             self.send_home(answer, "pool-displaced")
         self.lines[who.lane][who] = None
         who.turn += 1
@@ -331,6 +338,7 @@ OFTEN = {
     *("dismissed", "served too late"),
     *(f"{what}, a holder" for what in ("served", "gave up", "pool-shed", "pool-would-be-late")),
     *(why.value for why in Refusal),
+    "displaced by its like",
 }
 SOMETIMES = {"dismissed, a holder", "served too late, a holder", "handed on above the limit"}
 NEVER = {"pool-saturated, a holder", "pool-displaced, a holder"}
