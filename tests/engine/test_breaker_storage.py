@@ -13,7 +13,8 @@ import pytest
 import resilientdb as rdb
 from resilientdb.errors import CircuitOpen
 from resilientdb.runtime.breaker import CircuitBreaker
-from resilientdb.testing import ServiceUnavailable, Valkey
+from resilientdb.testing import Valkey
+from resilientdb.testing.pytest_plugin import _needs
 from tests.engine.conftest import until
 
 if TYPE_CHECKING:
@@ -29,10 +30,8 @@ AT_ONCE = 0.5
 
 @pytest.fixture
 def valkey() -> Iterator[Valkey]:
-    try:
+    with _needs("Valkey"):
         server = Valkey().start()
-    except ServiceUnavailable as error:
-        pytest.skip(str(error))
     with server:
         yield server
 

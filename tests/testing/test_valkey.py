@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from resilientdb.testing import ServiceFailed, ServiceUnavailable, Valkey
+from resilientdb.testing.pytest_plugin import _needs
 from resilientdb.testing.valkey import VALKEY_VARIABLE, ValkeyBinary, find_valkey
 
 
@@ -21,10 +22,9 @@ def say(server: Valkey, command: str) -> bytes:
 
 @pytest.fixture
 def server() -> Valkey:
-    try:
+    with _needs("Valkey"):
         return Valkey(binary=find_valkey())
-    except ServiceUnavailable as error:
-        pytest.skip(str(error))
+    raise AssertionError("unreachable: it skips or fails")
 
 
 def test_it_keeps_its_port_and_nothing_else(server: Valkey) -> None:
