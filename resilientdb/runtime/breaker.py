@@ -116,6 +116,9 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
     def try_acquire(self) -> Permit | None:
         """Leave to call the node, or None when the circuit is open and its probes are taken."""
+        permit = self.permit
+        if permit is not None:
+            return permit
         with self._guard:
             permit, moves = self._circuit.try_acquire(self._clock())
             self._moved(moves)
@@ -124,6 +127,9 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
     def record_success(self, permit: Permit) -> None:
         """The node answered (an application error is an answer)."""
+        if permit is self.permit:
+            self.answered += 1
+            return
         if self._is_inside():
             self._emitter.post(functools.partial(self.record_success, permit))
             return
