@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AcquisitionRetried",
     "CircuitStateChanged",
+    "CircuitWouldChange",
     "ConnectionLeaked",
     "DrainBegun",
     "Event",
@@ -33,6 +34,16 @@ class Event:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CircuitStateChanged(Event):
     """A node's breaker moved. ``cause`` says why in words, without SQL or credentials."""
+
+    node: str
+    old: str
+    new: str
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CircuitWouldChange(Event):
+    """A node's breaker did not move, but would have, if its mode were not ``metrics_only``."""
 
     node: str
     old: str

@@ -107,8 +107,9 @@ OPTIONS = {
     "RetryPolicy": "attempts timeout wait_when_open backoff budget",
     "Backoff": "initial maximum multiplier jitter",
     "RetryBudget": "ratio window floor",
-    "BreakerPolicy": "failure_rate_threshold minimum_calls window reset_timeout half_open_max_calls probe_interval "
-    "probe_timeout listeners storage enabled",
+    "BreakerPolicy": "failure_rate_threshold minimum_calls window reset_timeout max_reset_timeout "
+    "half_open_max_calls slow_start_calls slow_call_duration slow_call_rate_threshold probe_interval "
+    "probe_timeout listeners storage shared mode enabled",
     "Routing": "fallback_to_primary",
     "Lifecycle": "connect_timeout tcp_user_timeout keepalive_idle min_size max_connecting max_age max_uses "
     "idle_timeout keepalive validate_idle validation_timeout leak_threshold",

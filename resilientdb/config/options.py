@@ -202,12 +202,30 @@ class BreakerPolicy(Options, table="breaker"):
     """Seconds of history that count, above 0. 10.0: the same as the retry budget's."""
 
     reset_timeout: Annotated[float, Seconds(above=True)] = 5.0
-    """Seconds an open breaker refuses before it lets a call try, above 0; a good background probe ends it
-    sooner. 5.0: about what a server needs to restart."""
+    """Seconds an open breaker refuses before it lets a call try, above 0, at most ``max_reset_timeout``; a random
+    part between a half and all of it. A good background probe ends it sooner. Doubled each time it opens again
+    without having been closed for a whole ``window``. Also how long such a call may take until another may try.
+    5.0: about what a server needs to restart."""
+
+    max_reset_timeout: Annotated[float, Seconds(above=True)] = 60.0
+    """Seconds to which that may grow, at least ``reset_timeout``; the same = it does not grow. 60.0: a server that
+    stays away is asked by a caller once or twice a minute, and is back in use within one."""
 
     half_open_max_calls: Annotated[int, Count(minimum=1)] = 1
-    """Calls that may try at once while half open, 1 or more. 1: a server that is coming back is not met by a
-    crowd, and one caller at most pays for finding out."""
+    """Calls that may try at once while half open, and at the beginning of the slow start, 1 or more. 1: a server
+    that is coming back is not met by a crowd, and one caller at most pays for finding out."""
+
+    slow_start_calls: Annotated[int, Count(minimum=0)] = 32
+    """Calls that must succeed, once a server has come back, until as many as like may call at once, 0 or more;
+    before that one more at once for each success. 0 = at once. 32: five doublings, which take a fast server a tenth
+    of a second, and are as many as it answers for a slow one."""
+
+    slow_call_duration: Annotated[float | None, Seconds(above=True)] = None
+    """Seconds, above 0, after which a statement that was answered counts as slow; None = no matter how long it took.
+    None: what is slow only the application knows."""
+
+    slow_call_rate_threshold: Annotated[float, Number(above=True, maximum=1)] = 0.5
+    """Share of slow calls in the window that opens the breaker, above 0, at most 1. 0.5: as for failures."""
 
     probe_interval: Annotated[float | None, Seconds(above=True)] = 0.25
     """Seconds between background probes of a node, above 0; None = no prober, so that callers find out. 0.25:
@@ -227,8 +245,29 @@ class BreakerPolicy(Options, table="breaker"):
     processes); None = this process's memory. From code only. Memory: a breaker that depends on another
     server fails with that server."""
 
+    shared: Annotated[str | None, Name()] = None
+    """Name of a set of breakers: engines of this process that give the same name share one breaker a node, an Engine
+    and an AsyncEngine too. Their other options here must be the same. None = an engine has its own."""
+
+    mode: Annotated[
+        Literal["normal", "metrics_only", "disabled", "forced_open"],
+        Choice(("normal", "metrics_only", "disabled", "forced_open")),
+    ] = "normal"
+    """``"metrics_only"``: says what it would do, and refuses nothing. ``"disabled"``: lets every call through.
+    ``"forced_open"``: lets no call through. Can be changed in a running program. Normal: to try it out first,
+    or to keep all callers away from a server, is a decision."""
+
     enabled: Annotated[bool, Flag()] = True
-    """False = no breaker: every call goes to the node. True: it costs nothing while the node is well."""
+    """False = no breaker, and no prober: every call goes to the node. True: it costs nothing while the node is
+    well."""
+
+    def _check_together(self) -> None:
+        if self.max_reset_timeout < self.reset_timeout:
+            allowed = f"at least {self._key('reset_timeout')} ({self.reset_timeout:g} seconds)"
+            raise wrong_value(self._key("max_reset_timeout"), self.max_reset_timeout, allowed)
+        if not self.enabled and self.mode not in {"normal", "disabled"}:
+            allowed = f"'disabled' or left out where {self._key('enabled')} is false"
+            raise wrong_value(self._key("mode"), self.mode, allowed)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

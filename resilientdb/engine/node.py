@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from resilientdb.engine.probe import NodeProbe
 from resilientdb.engine.tally import Tally
-from resilientdb.events import CircuitStateChanged, RoleChanged
-from resilientdb.policy.breaker import OPEN
+from resilientdb.events import CircuitStateChanged, CircuitWouldChange, RoleChanged
+from resilientdb.policy.breaker import CLOSED, OPEN
 from resilientdb.policy.faults import describe
 from resilientdb.runtime.breaker import CircuitBreaker
 from resilientdb.runtime.prober import Prober
+from resilientdb.runtime.shared_breakers import shared_breaker
 from resilientdb.stats import NodeStats
 
 if TYPE_CHECKING:
+    from resilientdb.config import BreakerPolicy
     from resilientdb.engine.cluster import Cluster
     from resilientdb.engine.connector import Connector
     from resilientdb.engine.door import Door
@@ -44,7 +46,7 @@ class Node:
         # An asynchronous creator of the user's own may belong to the application's loop; the prober has another.
         foreign = connector is None and cluster.dialect.is_async
         probed = policy.enabled and policy.probe_interval is not None and cluster.has_server and not foreign
-        self.breaker = CircuitBreaker(policy, name=name, probed=probed, on_move=self._on_move)
+        self.breaker = self._make_breaker(policy, probed=probed)
         self._prober: Prober | None = None
         if probed and policy.probe_interval is not None:
             # The prober's thread must not keep a forgotten engine alive, by the cluster neither.
@@ -56,6 +58,27 @@ class Node:
             )
             weakref.finalize(self, self._prober.stop).atexit = False
 
+    def _make_breaker(self, policy: BreakerPolicy, *, probed: bool) -> CircuitBreaker:
+        if policy.shared is None:
+            return CircuitBreaker(policy, name=self.name, probed=probed, on_move=self._on_move)
+        breaker = shared_breaker(policy.shared, policy, name=self.name, probed=probed)
+        # It may outlive this engine, and must not keep it alive; nor must this engine's end be what keeps it.
+        myself, theirs = weakref.ref(self), weakref.ref(breaker)
+
+        def on_move(transition: Transition) -> None:
+            node = myself()
+            if node is not None:
+                node._on_move(transition)  # noqa: SLF001 - ourselves
+
+        def leave() -> None:
+            shared = theirs()
+            if shared is not None:
+                shared.unsubscribe(on_move)
+
+        breaker.subscribe(on_move)
+        weakref.finalize(self, leave).atexit = False
+        return breaker
+
     def open_raw(self, timeout: float) -> Any:
         """A driver connection that belongs to no pool, opened within about ``timeout`` seconds."""
         if self.connector is not None:
@@ -66,8 +89,9 @@ class Node:
 
     @property
     def available(self) -> bool:
-        """Whether its circuit lets calls through freely."""
-        return self.breaker.permit is not None
+        """Whether its circuit is closed, be it that it lets only a few calls through for the time being: who asks
+        wants to know where to send them."""
+        return self.breaker.current_state == CLOSED
 
     @property
     def load(self) -> int:
@@ -116,6 +140,13 @@ class Node:
         )
 
     def _on_move(self, transition: Transition) -> None:
+        if transition.would_be:
+            self.cluster.emit(
+                CircuitWouldChange(
+                    node=self.name, old=transition.old, new=transition.new, cause=transition.cause
+                )
+            )
+            return
         # First what callers depend on: a listener may take its time.
         if transition.new == OPEN:
             self.suspect()

@@ -195,7 +195,7 @@ class PoolUpkeep:
 
     def _begin_to_open(self, connections: int) -> bool:
         """False: not now."""
-        if not self.may_open or self._pool.node.breaker.permit is None:
+        if not self.may_open or not self._pool.node.available:
             return False
         loop = self._loop
         for _ in range(connections):

@@ -3,7 +3,8 @@
 Existing pybreaker listeners, storages and ``except CircuitBreakerError`` keep working. What is replaced is
 what makes pybreaker's own ``call`` unfit for a pool: it holds its lock across the guarded call (a pool of ten
 becomes a pool of one), counts cancellations, times by the wall clock and calls listeners under the lock.
-Here the lock covers bookkeeping only; listeners and storages are called after it is released.
+Here the lock covers bookkeeping only; listeners are called after it is released, and a storage is written by a
+thread of its own.
 """
 
 from __future__ import annotations
@@ -11,24 +12,31 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
+import random
 import threading
-from datetime import UTC, datetime
+import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pybreaker
 
-from resilientdb.errors import CircuitOpen
-from resilientdb.policy.breaker import CLOSED, HALF_OPEN, OPEN, BreakerCore, Permit, Transition
+from resilientdb.errors import CircuitOpen, ConfigurationError
+from resilientdb.policy.breaker import CLOSED, HALF_OPEN, OPEN, Permit, Transition
+from resilientdb.policy.breaker_modes import MODES, Circuit, Mode
 from resilientdb.policy.faults import classify, describe
 from resilientdb.runtime.clock import Clock, monotonic
 from resilientdb.runtime.emitter import Emitter
+from resilientdb.runtime.storage import StorageWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from resilientdb.config import BreakerPolicy
+    from resilientdb.policy.breaker_modes import Moves
 
 __all__ = ["CircuitBreaker"]
+
+logger = logging.getLogger("resilientdb")
 
 T = TypeVar("T")
 
@@ -46,10 +54,13 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
     A call under that permit may report its success by adding one to ``answered``, if ``permit`` is still the
     same: reading the one and adding to the other is all that a healthy call costs, and no lock. (On an
     interpreter without a global lock an addition may get lost; the share of failures is then overstated by
-    that much.) ``_guard`` guards the core; it is never held while a listener, a storage or anything of the
+    that much.) ``_guard`` guards the circuit; it is never held while a listener, a storage or anything of the
     user's runs. A garbage collection may run inside it all the same and give a forgotten connection back in this
-    very thread: what that reports is put off until the section has ended. ``on_move`` is called for each
-    transition after the lock is released, in order.
+    very thread: what that reports is put off until the section has ended. ``on_move``, and all that
+    ``subscribe``, are called for each transition after the lock is released, in order.
+
+    While the circuit is slow to start, ``permit`` is None and ``current_state`` is ``"closed"``: pybreaker has no
+    word for it, and who looks at the state wants to know whether the node works.
     """
 
     def __init__(
@@ -60,14 +71,18 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         clock: Clock = monotonic,
         probed: bool = False,
         on_move: Callable[[Transition], object] | None = None,
+        rng: Callable[[], float] | None = None,
     ) -> None:
+        """``rng`` gives a number from 0 to below 1; None = as ``random`` does."""
         self._guard = threading.RLock()
         self._clock = clock
-        self._core = BreakerCore(policy, clock(), probed=probed)
+        self._circuit = Circuit(policy, clock(), rng=rng or random.random, probed=probed)
         self._emitter = Emitter()
-        self._on_move = on_move
+        self._on_move: list[Callable[[Transition], object]] = [] if on_move is None else [on_move]
         self.policy = policy
-        self.permit: Permit | None = self._core.closed_permit
+        self.slow_after = policy.slow_call_duration
+        """Seconds; who measures a call that took longer says ``record_slow``. None: nobody need measure."""
+        self.permit: Permit | None = self._circuit.permit
         self.answered = 0
         """Calls that succeeded while the circuit was closed, since the breaker was made."""
         self._absorbed = 0
@@ -77,20 +92,33 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             fail_max=policy.minimum_calls,
             reset_timeout=policy.reset_timeout,
             listeners=list(policy.listeners),
-            state_storage=policy.storage(name) if policy.storage is not None else None,
             name=name,
             throw_new_error_on_trip=False,
         )
-        # pybreaker starts from its storage; ours starts closed and says so.
-        self._state = pybreaker.CircuitClosedState(self)
+        self._state = _STATES[self.current_state](self, prev_state=None, notify=False)
+        self._writer: StorageWriter | None = None
+        if policy.storage is not None:
+            self._writer = StorageWriter(name, policy.storage)
+            weakref.finalize(self, self._writer.stop).atexit = False
+            # pybreaker starts from its storage; ours starts by itself, and says how.
+            self._writer.tell(self.current_state)
+
+    def subscribe(self, on_move: Callable[[Transition], object]) -> None:
+        """Have ``on_move`` called for each transition, too."""
+        self._on_move.append(on_move)
+
+    def unsubscribe(self, on_move: Callable[[Transition], object]) -> None:
+        """Nothing happens if it is not subscribed."""
+        with contextlib.suppress(ValueError):
+            self._on_move.remove(on_move)
 
     # -- permits: what the engine uses ---------------------------------------------------------------
 
     def try_acquire(self) -> Permit | None:
         """Leave to call the node, or None when the circuit is open and its probes are taken."""
         with self._guard:
-            permit, moved = self._core.try_acquire(self._clock())
-            self._moved(moved)
+            permit, moves = self._circuit.try_acquire(self._clock())
+            self._moved(moves)
         self._emitter.deliver()
         return permit
 
@@ -100,7 +128,21 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             self._emitter.post(functools.partial(self.record_success, permit))
             return
         with self._guard:
-            self._moved(self._core.record_success(permit, self._clock()))
+            now = self._clock()
+            self._note_answer(permit)
+            self._moved(self._circuit.record_success(permit, now))
+        self._emitter.deliver()
+
+    def record_slow(self, permit: Permit) -> None:
+        """The node answered, after more than ``slow_after`` seconds. In place of ``record_success``: a permit has one
+        outcome."""
+        if self._is_inside():
+            self._emitter.post(functools.partial(self.record_slow, permit))
+            return
+        with self._guard:
+            now = self._absorb()
+            self._note_answer(permit)
+            self._moved(self._circuit.record_slow(permit, now))
         self._emitter.deliver()
 
     def record_failure(self, permit: Permit, error: BaseException) -> None:
@@ -109,7 +151,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         cause = describe(error)
         with self._guard:
             now = self._absorb()
-            self._moved(self._core.record_failure(permit, now, cause))
+            self._moved(self._circuit.record_failure(permit, now, cause))
         for listener in self.listeners:
             self._emitter.post(functools.partial(listener.failure, self, error))
         self._emitter.deliver()
@@ -120,12 +162,12 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             self._emitter.post(functools.partial(self.release, permit))
             return
         with self._guard:
-            self._core.release(permit)
+            self._circuit.release(permit)
         self._emitter.deliver()
 
     def prober_succeeded(self) -> None:
         with self._guard:
-            self._moved(self._core.prober_succeeded(self._absorb()))
+            self._moved(self._circuit.prober_succeeded(self._absorb()))
         self._emitter.deliver()
 
     def prober_failed(self, error: BaseException, answered: int) -> None:
@@ -137,37 +179,79 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         cause = describe(error)
         with self._guard:
             now = self._absorb()
-            if self.permit is not None and self.answered != answered:
-                return
-            self._moved(self._core.prober_failed(now, cause))
-        self._remember(error)
+            believed = self._circuit.state != CLOSED or self.answered == answered
+            if believed:
+                self._moved(self._circuit.prober_failed(now, cause))
+        if believed:
+            self._remember(error)
         self._emitter.deliver()
+
+    # -- the mode --------------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> Mode:
+        """``"normal"``; ``"metrics_only"``: let every call through, and say what would have been done;
+        ``"disabled"``: let every call through; ``"forced_open"``: let none through. May be set at any time."""
+        return self._circuit.mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        if mode not in MODES:
+            raise ConfigurationError(
+                f"a circuit breaker's mode must be one of {', '.join(map(repr, MODES))}; got {mode!r}",
+                key="breaker.mode",
+                value=mode,
+            )
+        with self._guard:
+            self._moved(self._circuit.set_mode(mode, self._absorb()))
+        self._emitter.deliver()
+
+    @property
+    def would_be(self) -> str:
+        """``current_state``; in the mode ``"metrics_only"`` the state that it would be in without."""
+        return self._circuit.would_be if self.mode == "metrics_only" else self.current_state
 
     def after_fork(self) -> None:
         """In the child: a lock may be held by a thread that did not come along."""
         self._guard = threading.RLock()
         self._lock = threading.RLock()
         self._emitter = Emitter()
+        if self._writer is not None:
+            self._writer.after_fork()
 
     @property
     def retry_after(self) -> float | None:
         """Seconds until a call may be let through; None when closed."""
         with self._guard:
-            return self._core.retry_after(self._clock())
+            return self._circuit.retry_after(self._clock())
 
     @property
     def rate(self) -> float:
         """Successful calls a second, over the window."""
         with self._guard:
-            return self._core.rate(self._absorb())
+            rate = self._circuit.rate(self._absorb())
+        self._emitter.deliver()
+        return rate
 
     def refusal(self) -> CircuitOpen:
         """The error for a caller who got no permit, with the last real failure as its cause."""
-        after = self.retry_after
-        # It may have closed since the permit was asked for: then another attempt makes sense at once.
-        state = "was open a moment ago" if after is None else f"is {self.current_state}"
+        with self._guard:
+            now, circuit = self._clock(), self._circuit
+            state, mode, slow_start = circuit.state, circuit.mode, circuit.slow_start
+            after = circuit.retry_after(now) if slow_start is None else circuit.retry_after_slow_start(now)
+        if slow_start is not None:
+            at_once, missing = slow_start
+            what = (
+                f"has just closed and lets only {at_once} call{'' if at_once == 1 else 's'} through at once until "
+                f"{missing} more {'has' if missing == 1 else 'have'} been answered"
+            )
+        elif mode == "forced_open":
+            what = "is held open by its mode"
+        else:
+            # It may have closed since the permit was asked for: then another attempt makes sense at once.
+            what = "was open a moment ago" if after is None else f"is {state}"
         error = CircuitOpen(
-            f"the circuit of {self.name} {state}"
+            f"the circuit of {self.name} {what}"
             + (f"; last failure: {describe(self.last_error)}" if self.last_error is not None else ""),
             retry_after=0.0 if after is None else after,
         )
@@ -179,7 +263,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
     @property
     def current_state(self) -> str:
         """This process's state. A storage is told of it; it does not dictate it."""
-        return self._core.state
+        return self._circuit.state
 
     @property
     def state(self) -> Any:
@@ -246,7 +330,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         if state not in _STATES:
             raise ValueError(f"unknown state {state!r}; one of {', '.join(_STATES)}")
         with self._guard:
-            self._moved(self._core.force(state, self._clock(), cause))
+            self._moved(self._circuit.force(state, self._absorb(), cause))
         self._emitter.deliver()
 
     def _is_inside(self) -> bool:
@@ -255,39 +339,57 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         return bool(self._guard._is_owned())  # type: ignore[attr-defined]  # noqa: SLF001
 
     def _absorb(self) -> float:
-        """Bring the core up to date; returns the time it is."""
+        """Bring the circuit up to date; returns the time it is."""
         now = self._clock()
         answered = self.answered
-        self._core.absorb(answered - self._absorbed, now)
+        moves = self._circuit.absorb(answered - self._absorbed, now)
         self._absorbed = answered
+        self._moved(moves)
         return now
 
-    def _moved(self, transition: Transition | None) -> None:
-        """Publish a transition; under the lock, so that ``permit`` and the announcements keep its order."""
-        if transition is None:
-            return
-        self.permit = self._core.closed_permit
-        self._absorbed = self.answered  # what was tallied until now belongs to the period that has ended
-        self._emitter.post(lambda: self._announce(transition))
+    def _note_answer(self, permit: Permit) -> None:
+        """An answer that the circuit counts itself: whoever watches ``answered`` is to know of it, too."""
+        if self._circuit.state == CLOSED and self._circuit.is_current(permit):
+            self.answered += 1
+            self._absorbed += 1
+
+    def _moved(self, moves: Moves) -> None:
+        """Publish what has changed; under the lock, so that ``permit`` and the announcements keep its order."""
+        permit = self._circuit.permit
+        if permit is not self.permit:
+            self._absorbed = self.answered  # what was tallied until now belongs to the period that has ended
+            self.permit = permit
+        for transition in moves:
+            self._emitter.post(functools.partial(self._announce, transition))
 
     def _announce(self, transition: Transition) -> None:
+        if transition.would_be:
+            # pybreaker's listeners and storages are not told: they would take it for the truth.
+            logger.warning(
+                "the circuit of %s would have moved from %s to %s (metrics_only): %s",
+                self.name,
+                transition.old,
+                transition.new,
+                transition.cause,
+            )
+            self._tell_subscribers(transition)
+            return
         old = self._state
         # pybreaker's state objects announce themselves from their constructor when told to; we do not, since
         # every listener is to be guarded on its own.
         self._state = new = _STATES[transition.new](self, prev_state=old, notify=False)
-        try:
-            if self._on_move is not None:
-                self._on_move(transition)
-        finally:
-            for listener in self.listeners:
-                self._emitter.post(functools.partial(listener.state_change, self, old, new))
-            # Last: it may be another server, slow or away.
-            self._emitter.post(functools.partial(self._store, transition.new))
+        self._tell_subscribers(transition)
+        if self._writer is not None:
+            self._writer.tell(transition.new)
+        for listener in self.listeners:
+            self._emitter.post(functools.partial(listener.state_change, self, old, new))
 
-    def _store(self, state: str) -> None:
-        self._state_storage.state = state
-        if state == OPEN:
-            self._state_storage.opened_at = datetime.now(UTC)
+    def _tell_subscribers(self, transition: Transition) -> None:
+        for on_move in tuple(self._on_move):
+            try:
+                on_move(transition)
+            except Exception:
+                logger.exception("a resilientdb listener failed")
 
     def _remember(self, error: BaseException) -> None:
         try:

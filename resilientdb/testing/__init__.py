@@ -2,6 +2,7 @@
 
 =====================  ========================================================================
 ``postgres``           a PostgreSQL primary or streaming standby from any installed binaries
+``valkey``             a Valkey (or Redis) server, for what is stored there
 ``toxiproxy``          the Toxiproxy server and a checked client: what it says is what is so
 ``faults``             down, hang, pause, latency, reset, reply lost, …: blocks that prove themselves
 ``checkers``           histories as in Jepsen, and the ledger check over them
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     )
     from resilientdb.testing.postgres import Postgres
     from resilientdb.testing.toxiproxy import Proxy, Toxic, ToxiproxyServer
+    from resilientdb.testing.valkey import Valkey
 
 __all__ = [
     "FakeClock",
@@ -52,6 +54,7 @@ __all__ = [
     "Toxic",
     "ToxiproxyError",
     "ToxiproxyServer",
+    "Valkey",
     "check_ledger",
 ]
 
@@ -71,6 +74,7 @@ _HOME = {
     "Toxic": "toxiproxy",
     "ToxiproxyError": "errors",
     "ToxiproxyServer": "toxiproxy",
+    "Valkey": "valkey",
     "check_ledger": "checkers",
 }
 

@@ -137,6 +137,8 @@ BESIDE_THE_DEFAULTS = {
     "queue.target": (0.0, 5.0),
     "queue.sheddable_plus_share": (0.25, 1.0),
     "queue.sheddable_share": (0.0, 0.5),
+    "breaker.reset_timeout": (0.0, 60.0),
+    "breaker.max_reset_timeout": (5.0, math.inf),
     "lifecycle.max_age": (0.0, math.inf),
     "lifecycle.keepalive": (0.0, 599.0),
 }
@@ -161,11 +163,15 @@ def test_tables_say_the_same_of_a_bad_value(key: str) -> None:
         assert str(caught.value).startswith(f"{key} must be {LEAVES[key].describe()}; got ")
 
 
+FITTING = {"queue.sheddable_share": 0, "breaker.max_reset_timeout": 5}
+"""Where 1 does not fit the defaults."""
+
+
 @pytest.mark.parametrize("key", LEAVES)
 def test_numbers_are_stored_as_their_type(key: str) -> None:
     kind = LEAVES[key].kind
     if isinstance(kind, Number):
-        assert type(make(key, 0 if key == "queue.sheddable_share" else 1)) is float
+        assert type(make(key, FITTING.get(key, 1))) is float
     elif isinstance(kind, Count):
         assert type(make(key, 1)) is int
     else:
@@ -201,11 +207,17 @@ DEFAULTS = {
     "breaker.minimum_calls": 10,
     "breaker.window": 10.0,
     "breaker.reset_timeout": 5.0,
+    "breaker.max_reset_timeout": 60.0,
     "breaker.half_open_max_calls": 1,
+    "breaker.slow_start_calls": 32,
+    "breaker.slow_call_duration": None,
+    "breaker.slow_call_rate_threshold": 0.5,
     "breaker.probe_interval": 0.25,
     "breaker.probe_timeout": 0.75,
     "breaker.listeners": (),
     "breaker.storage": None,
+    "breaker.shared": None,
+    "breaker.mode": "normal",
     "breaker.enabled": True,
     "routing.fallback_to_primary": True,
     "lifecycle.connect_timeout": 5.0,

@@ -164,6 +164,24 @@ def test_the_less_critical_have_no_more_places_than_the_more_critical() -> None:
     assert SaturationQueue(sheddable_share=0, sheddable_plus_share=0).sheddable_plus_share == 0
 
 
+def test_an_open_time_that_may_not_even_be_the_first_is_a_contradiction() -> None:
+    with pytest.raises(
+        ConfigurationError,
+        match=r"breaker\.max_reset_timeout must be at least breaker\.reset_timeout \(90 seconds\); got 60\.0$",
+    ) as caught:
+        BreakerPolicy(reset_timeout=90)
+    assert (caught.value.key, caught.value.value) == ("breaker.max_reset_timeout", 60.0)
+    assert BreakerPolicy(reset_timeout=90, max_reset_timeout=90).max_reset_timeout == 90
+
+
+@pytest.mark.parametrize("mode", ["forced_open", "metrics_only"])
+def test_a_mode_of_no_breaker_is_a_contradiction(mode: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"breaker\.mode must be 'disabled' or left out") as caught:
+        BreakerPolicy(enabled=False, mode=mode)
+    assert caught.value.key == "breaker.mode"
+    assert BreakerPolicy(enabled=False, mode="disabled").mode == "disabled"
+
+
 @pytest.mark.parametrize(
     ("values", "limit"),
     [

@@ -51,6 +51,7 @@ IN_ORDER = (
     ("retry.backoff.initial", "retry.backoff.maximum"),
     ("queue.sheddable_share", "queue.sheddable_plus_share"),
     ("queue.target", "queue.timeout"),
+    ("breaker.reset_timeout", "breaker.max_reset_timeout"),
 )
 """Pairs of which the first may not be more than the second."""
 
@@ -68,6 +69,8 @@ def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
     if at("lifecycle.keepalive") and any(end and at("lifecycle.keepalive") >= end for end in ends):
         values["lifecycle.keepalive"] = None
     values["retry.backoff.jitter"] = "full"
+    if not at("breaker.enabled"):
+        values["breaker.mode"] = "disabled"
     return values
 
 

@@ -13,7 +13,7 @@ import pybreaker
 import pytest
 
 from resilientdb import BreakerPolicy
-from resilientdb.errors import CircuitOpen
+from resilientdb.errors import CircuitOpen, ConfigurationError
 from resilientdb.runtime.breaker import CircuitBreaker
 from resilientdb.testing import FakeClock
 
@@ -33,7 +33,7 @@ def make(clock: FakeClock) -> Callable[..., CircuitBreaker]:
     def make(*, on_move: Any = None, **options: Any) -> CircuitBreaker:
         defaults = {"minimum_calls": 2, "window": 10.0, "reset_timeout": RESET}
         policy = BreakerPolicy(**{**defaults, **options})
-        return CircuitBreaker(policy, name="db:5432", clock=clock, on_move=on_move)
+        return CircuitBreaker(policy, name="db:5432", clock=clock, on_move=on_move, rng=lambda: 0.0)
 
     return make
 
@@ -91,68 +91,6 @@ def test_a_listener_may_be_added_later(make: Callable[..., CircuitBreaker]) -> N
     breaker.remove_listener(diary)
     breaker.close()
     assert diary.said == ["db:5432: closed to open"]
-
-
-class Shelf(pybreaker.CircuitMemoryStorage):
-    """A storage of the user's own."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(pybreaker.STATE_CLOSED)
-        self.node = name
-
-
-def test_a_storage_is_told(make: Callable[..., CircuitBreaker], clock: FakeClock) -> None:
-    shelves: list[Shelf] = []
-
-    def storage(name: str) -> Shelf:
-        shelves.append(Shelf(name))
-        return shelves[-1]
-
-    breaker = make(storage=storage)
-    (shelf,) = shelves
-    assert (shelf.node, shelf.state) == ("db:5432", "closed")
-    trip(breaker)
-    assert shelf.state == "open"
-    assert shelf.opened_at is not None
-    clock.advance(RESET)
-    breaker.call(int)
-    assert shelf.state == "closed"
-
-
-def test_a_storage_does_not_dictate_the_state(make: Callable[..., CircuitBreaker]) -> None:
-    class OpenShelf(Shelf):
-        @property
-        def state(self) -> str:
-            return "open"
-
-        @state.setter
-        def state(self, state: str) -> None:
-            pass
-
-    breaker = make(storage=OpenShelf)
-    assert (breaker.current_state, breaker.state.name) == ("closed", "closed")
-    assert breaker.call(int) == 0
-
-
-def test_a_storage_that_fails_stops_nothing(
-    make: Callable[..., CircuitBreaker], caplog: pytest.LogCaptureFixture
-) -> None:
-    class LostShelf(Shelf):
-        @property
-        def state(self) -> str:
-            return "closed"
-
-        @state.setter
-        def state(self, state: str) -> None:
-            if hasattr(self, "node"):
-                raise ConnectionError("the other server is away")
-
-    moves: list[str] = []
-    breaker = make(storage=LostShelf, on_move=lambda move: moves.append(move.new))
-    trip(breaker)
-    assert moves == ["open"], "whoever waits is told all the same"
-    assert breaker.state.name == "open"
-    assert "the other server is away" in caplog.text
 
 
 def test_the_usual_except_clause_catches_a_refusal(make: Callable[..., CircuitBreaker]) -> None:
@@ -404,6 +342,167 @@ def test_states_set_by_hand(make: Callable[..., CircuitBreaker], clock: FakeCloc
         breaker.state = "ajar"
 
 
+# -- the slow start ------------------------------------------------------------------------------------------------
+
+
+def test_after_an_outage_few_callers_at_once_are_let_through_and_soon_all(
+    make: Callable[..., CircuitBreaker],
+) -> None:
+    moves: list[str] = []
+    breaker = make(slow_start_calls=4, on_move=lambda move: moves.append(move.new))
+    breaker.prober_failed(Broken("gone"), 0)
+    breaker.prober_succeeded()
+    assert (breaker.current_state, breaker.permit, breaker.retry_after) == ("closed", None, None)
+    first = breaker.try_acquire()
+    assert first is not None
+    assert breaker.try_acquire() is None
+    refusal = breaker.refusal()
+    assert str(refusal).startswith(
+        "the circuit of db:5432 has just closed and lets only 1 call through at once until 4 more have been answered"
+    )
+    assert refusal.retry_after == pytest.approx(0.05)
+    assert isinstance(refusal.__cause__, Broken)
+    breaker.record_success(first)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(breaker.calling())
+        with pytest.raises(CircuitOpen, match=r"only 2 calls through at once until 3 more have been"):
+            breaker.call(int)
+    breaker.call(int)
+    assert breaker.permit is not None
+    assert moves == ["open", "closed"], "its end is not announced: it was closed all the time"
+    assert breaker.rate == pytest.approx(0.4)
+
+
+def test_a_prober_that_fails_during_the_slow_start_is_not_believed_beside_callers_who_succeed(
+    make: Callable[..., CircuitBreaker],
+) -> None:
+    breaker = make()
+    breaker.prober_failed(Broken(), breaker.answered)
+    breaker.prober_succeeded()
+    asked = breaker.answered
+    breaker.call(int)
+    breaker.prober_failed(Broken(), asked)
+    assert breaker.current_state == "closed"
+    breaker.prober_failed(Broken(), breaker.answered)
+    assert breaker.current_state == "open"
+
+
+def test_an_outcome_told_the_long_way_is_known_to_the_prober_and_counted_once(
+    make: Callable[..., CircuitBreaker],
+) -> None:
+    breaker = make()
+    asked = breaker.answered
+    breaker.call(int)
+    breaker.prober_failed(Broken(), asked)
+    assert breaker.current_state == "closed"
+    assert breaker.rate == pytest.approx(0.1)
+
+
+def test_what_is_given_back_without_a_permit_meanwhile_is_not_counted(
+    make: Callable[..., CircuitBreaker],
+) -> None:
+    """A pool compares its connection's permit with the breaker's: both may be None."""
+    breaker = make(slow_start_calls=1)
+    breaker.prober_failed(Broken(), 0)
+    breaker.answered += 10
+    breaker.prober_succeeded()
+    breaker.answered += 10
+    breaker.call(int)
+    assert breaker.permit is not None
+    assert breaker.rate == pytest.approx(0.1)
+
+
+# -- slow calls -----------------------------------------------------------------------------------------------------
+
+
+def test_slow_answers_open_it(make: Callable[..., CircuitBreaker], clock: FakeClock) -> None:
+    assert make().slow_after is None
+    breaker = make(slow_call_duration=2.0, slow_call_rate_threshold=0.5, minimum_calls=4)
+    assert breaker.slow_after == 2.0
+    permit = breaker.permit
+    assert permit is not None
+    breaker.answered += 2
+    breaker.record_slow(permit)
+    assert breaker.current_state == "closed", "1 of 3"
+    breaker.record_slow(permit)
+    assert breaker.current_state == "open", "2 of 4"
+    breaker.record_slow(permit)
+    clock.advance(RESET)
+    probe = breaker.try_acquire()
+    assert probe is not None
+    breaker.record_slow(probe)
+    assert (breaker.current_state, breaker.retry_after) == ("open", 2 * RESET)
+
+
+# -- modes ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_only_announces_and_refuses_nothing(
+    make: Callable[..., CircuitBreaker], caplog: pytest.LogCaptureFixture
+) -> None:
+    moves: list[Any] = []
+    diary = Diary()
+    breaker = make(mode="metrics_only", listeners=(diary,), on_move=moves.append)
+    for _ in range(5):
+        with pytest.raises(Broken):
+            breaker.call(fail)
+    assert breaker.call(int) == 0
+    assert (breaker.current_state, breaker.would_be, breaker.retry_after) == ("closed", "open", None)
+    assert breaker.permit is not None
+    assert [(move.old, move.new, move.would_be) for move in moves] == [("closed", "open", True)]
+    assert diary.said == ["db:5432: Broken"] * 5, "failures are real, the move is not"
+    (said,) = caplog.messages
+    assert said == (
+        "the circuit of db:5432 would have moved from closed to open (metrics_only): 2 of 2 calls failed, "
+        "last: tests.Broken connection reset"
+    )
+
+
+def test_disabled_lets_all_through(make: Callable[..., CircuitBreaker]) -> None:
+    for breaker in (make(mode="disabled"), make(enabled=False)):
+        assert breaker.mode == "disabled"
+        for _ in range(50):
+            with pytest.raises(Broken):
+                breaker.call(fail)
+        breaker.open()
+        breaker.prober_failed(Broken(), breaker.answered)
+        assert (breaker.current_state, breaker.would_be, breaker.call(int)) == ("closed", "closed", 0)
+
+
+def test_held_open_it_refuses_until_the_mode_is_changed(
+    make: Callable[..., CircuitBreaker], clock: FakeClock
+) -> None:
+    breaker = make(mode="forced_open")
+    assert isinstance(breaker.state, pybreaker.CircuitOpenState)
+    clock.advance(10 * RESET)
+    breaker.prober_succeeded()
+    breaker.close()
+    with pytest.raises(CircuitOpen, match="held open by its mode") as caught:
+        breaker.call(int)
+    assert caught.value.retry_after == RESET
+    breaker.mode = "normal"
+    assert breaker.call(int) == 0
+    assert breaker.current_state == "closed"
+
+
+def test_the_mode_is_changed_while_calls_are_out(make: Callable[..., CircuitBreaker]) -> None:
+    diary = Diary()
+    breaker = make(listeners=(diary,), slow_start_calls=0)
+    with breaker.calling():
+        breaker.mode = "forced_open"
+        assert breaker.permit is None
+    assert breaker.rate == 0, "a late result"
+    breaker.mode = "forced_open"
+    breaker.mode = "disabled"
+    breaker.mode = "metrics_only"
+    breaker.mode = "normal"
+    assert diary.said == ["db:5432: closed to open", "db:5432: open to closed"]
+    with pytest.raises(ConfigurationError, match=r"mode must be one of 'normal', .*; got 'ajar'") as caught:
+        breaker.mode = "ajar"  # type: ignore[assignment]
+    assert caught.value.key == "breaker.mode"
+
+
 # -- where locks go wrong -----------------------------------------------------------------------------------------
 
 
@@ -416,7 +515,7 @@ def test_a_finalizer_inside_the_guarded_section_does_not_deadlock(clock: FakeClo
             interrupt.pop()()
         return clock()
 
-    policy = BreakerPolicy(minimum_calls=1, reset_timeout=RESET, half_open_max_calls=1)
+    policy = BreakerPolicy(minimum_calls=1, reset_timeout=RESET, half_open_max_calls=1, slow_start_calls=0)
     breaker = CircuitBreaker(policy, name="db", clock=interrupted)
     breaker.open()
     clock.advance(RESET)
