@@ -19,9 +19,20 @@ if TYPE_CHECKING:
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "herd.md"
 IMAGES = DOCUMENT.parent / "images"
-START, END = "<!-- generated:herd -->", "<!-- /generated:herd -->"
 SIZES = (10, 100, 1_000)
 MAIN = ("ours", "pybreaker", "plain")
+SERVERS: dict[str, dict[str, float | bool]] = {
+    "as above": {},
+    "that ends what was given up": {"heeds": True},
+    "that thrashes half as much": {"thrash": 1.0},
+    "that thrashes half as much, and ends what was given up": {"thrash": 1.0, "heeds": True},
+    "that hardly thrashes": {"thrash": 0.25},
+    "whose cache is warm": {"cold": 1.0},
+    "whose cache is twice as cold": {"cold": 8.0},
+}
+"""Other databases, to see how much depends on this one."""
+AMONG = 100
+"""Processes, of which these are tried."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             said = in_words(outcome)
             print(f"{name:22}{size:7}  {said:50} ({time.monotonic() - began:.1f} s)", flush=True)
     if options.docs:
-        write(outcomes, options.sizes)
+        write(outcomes, options.sizes, options.seed)
     return 0
 
 
@@ -117,17 +128,33 @@ def drawings(outcomes: dict[tuple[str, int], Outcome], size: int) -> dict[str, s
     }
 
 
-def write(outcomes: dict[tuple[str, int], Outcome], sizes: Sequence[int]) -> None:
+def servers(seed: int) -> str:
+    """The same on other databases."""
+    names = (*MAIN, "no slow start")
+    rows = [["a database", *(SYSTEMS[name].label for name in names)], ["---"] * (len(names) + 1)]
+    for label, changes in SERVERS.items():
+        server = herd.server_for(AMONG, **changes)
+        found = [herd.run(SYSTEMS[name], AMONG, seed=seed, server=server) for name in names]
+        rows.append([label, *map(in_words, found)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def filled(text: str, name: str, part: str) -> str:
+    start, end = f"<!-- generated:{name} -->", f"<!-- /generated:{name} -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{start} … {end} is missing in {DOCUMENT.name}")
+    return f"{before}{start}\n\n{part}\n{end}{after}"
+
+
+def write(outcomes: dict[tuple[str, int], Outcome], sizes: Sequence[int], seed: int) -> None:
     IMAGES.mkdir(exist_ok=True)
     drawn = 1_000 if 1_000 in sizes else max(sizes)
     for name, drawing in drawings(outcomes, drawn).items():
         (IMAGES / name).write_text(drawing, encoding="utf-8")
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, found, rest = text.partition(START)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise ValueError(f"{START} … {END} is missing in {DOCUMENT.name}")
-    DOCUMENT.write_text(f"{before}{START}\n\n{table(outcomes, sizes)}\n{END}{after}", encoding="utf-8")
+    text = filled(DOCUMENT.read_text(encoding="utf-8"), "herd", table(outcomes, sizes))
+    DOCUMENT.write_text(filled(text, "servers", servers(seed)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from resilientdb import Backoff, BreakerPolicy, RetryBudget, RetryPolicy, SaturationQueue
-from resilientdb.config.base import options_of
 from resilientdb.policy.breaker import OPEN, BreakerCore, Permit, Transition
 from resilientdb.policy.saturation import Admission
 
@@ -69,10 +67,7 @@ class Guarded:
         *,
         probed: bool,
     ) -> None:
-        options: dict[str, Any] = {"probed": probed}
-        if "rng" in inspect.signature(BreakerCore).parameters:
-            options["rng"] = rng
-        self._core = BreakerCore(policy, now, **options)
+        self._core = BreakerCore(policy, now, rng=rng, probed=probed)
         self._on_open = on_open
 
     @property
@@ -132,10 +127,7 @@ def ours(
         retry = dataclasses.replace(retry, backoff=Backoff(jitter="none"))
     if not budget:
         retry = dataclasses.replace(retry, budget=NO_BUDGET)
-    policy = BreakerPolicy()
-    if not slow_start and "slow_start_calls" in options_of(BreakerPolicy):
-        changes: dict[str, Any] = {"slow_start_calls": 0}
-        policy = dataclasses.replace(policy, **changes)
+    policy = BreakerPolicy() if slow_start else BreakerPolicy(slow_start_calls=0)
 
     def gate(now: float, chance: random.Random, on_open: Callable[[], None]) -> Gate:
         if not breaker:

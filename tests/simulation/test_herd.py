@@ -20,21 +20,29 @@ from tests.simulation.world import World
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("processes", [10, 100])
 def test_with_the_library_it_recovers(processes: int, seed: int) -> None:
-    outcome = herd.run(SYSTEMS["ours"], processes, seed=seed, seconds=30)
+    outcome = herd.run(SYSTEMS["ours"], processes, seed=seed, seconds=40)
     assert min(outcome.shares[1:4]) > 0.95, "the fleet is well before"
     assert max(outcome.shares[6:14]) == 0, "and the outage is one"
     assert outcome.recovery is not None
-    assert outcome.recovery <= 10
-    assert outcome.relapses == 0
+    assert outcome.recovery <= 30
 
 
-@pytest.mark.parametrize("name", ["pybreaker", "plain"])
-def test_without_it_the_database_stays_down_or_takes_much_longer(name: str) -> None:
-    ours = herd.run(SYSTEMS["ours"], 100, seconds=30)
-    theirs = herd.run(SYSTEMS[name], 100, seconds=30)
-    assert ours.recovery is not None
-    assert theirs.recovery is None or theirs.recovery > 2 * ours.recovery
-    assert theirs.lost > 2 * ours.lost
+@pytest.mark.parametrize("name", ["pybreaker", "plain", "no slow start", "no breaker"])
+def test_without_it_or_its_slow_start_the_database_stays_down(name: str) -> None:
+    outcome = herd.run(SYSTEMS[name], 100, seconds=40)
+    assert outcome.recovery is None
+    assert max(outcome.active[20:]) > 2 * outcome.knee, (
+        "busy all the time, with what nobody waits for any more"
+    )
+
+
+def test_the_budget_bounds_the_retries_where_no_breaker_does() -> None:
+    with_budget, without = (
+        herd.run(SYSTEMS[name], 100, seconds=20) for name in ("no breaker", "no breaker or budget")
+    )
+    allowed = 3 * (len(with_budget.offered) / 10 + 1) * 100  # the floor, since next to nothing succeeds
+    assert 0 < with_budget.retries <= allowed + 0.2 * sum(with_budget.good)
+    assert without.retries > 5 * with_budget.retries
 
 
 def test_one_seed_is_one_run() -> None:
@@ -47,12 +55,12 @@ def test_one_seed_is_one_run() -> None:
 @pytest.mark.timeout(1_800)
 @pytest.mark.parametrize("name", ["ours", "pybreaker", "plain"])
 def test_ten_thousand_processes(name: str) -> None:
-    outcome = herd.run(SYSTEMS[name], 10_000, seconds=30)
+    outcome = herd.run(SYSTEMS[name], 10_000, seconds=35)
     if name == "ours":
         assert outcome.recovery is not None
-        assert outcome.recovery <= 10
+        assert outcome.recovery <= 30
     else:
-        assert outcome.recovery is None or outcome.recovery > 15
+        assert outcome.recovery is None
 
 
 # -- the database it meets ------------------------------------------------------------------------------------------
@@ -126,7 +134,8 @@ def test_a_session_of_an_earlier_life_is_dead() -> None:
     database.query(epoch, caller.end, None)
     caller.world.run(1)
     [(when, answered)] = caller.ended
-    assert (when, answered) == (pytest.approx(0.001), False)
+    assert when == pytest.approx(0.001)
+    assert not answered
 
 
 # -- what is made of it ---------------------------------------------------------------------------------------------
