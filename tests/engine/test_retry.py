@@ -547,6 +547,40 @@ def test_a_lost_connection_is_the_databases_and_the_event_names_the_node(
     assert not any(re.search("SELECT|terminate", event.error) for event in retried)
 
 
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_a_read_outside_a_transaction_is_sent_again_on_another_connection(
+    resilientdb_postgres: Postgres, driver: str
+) -> None:
+    backends: list[int] = []
+
+    def read(connection: sa.Connection) -> int:
+        backends.append(connection.scalars(sa.text("SELECT pg_backend_pid()")).one())
+        if len(backends) == 1:
+            resilientdb_postgres.query(f"SELECT pg_terminate_backend({backends[0]}, 5000)")
+        return int(connection.scalars(sa.text("SELECT 42")).one())
+
+    def run() -> int:
+        engine = rdb.create_engine(resilientdb_postgres.url(driver), resilience=policy_of(attempts=2))
+        try:
+            return rdb.run_transaction(engine, read, read_only=True)
+        finally:
+            engine.dispose()
+
+    async def run_async() -> int:
+        engine = rdb.create_async_engine(resilientdb_postgres.url(driver), resilience=policy_of(attempts=2))
+
+        async def work(connection: Any) -> int:
+            return int(await connection.run_sync(read))
+
+        try:
+            return await rdb.run_transaction_async(engine, work, read_only=True)
+        finally:
+            await engine.dispose()
+
+    assert (run() if driver == "psycopg" else asyncio.run(run_async())) == 42
+    assert len(set(backends)) == 2
+
+
 # -- through a pool -------------------------------------------------------------------------------------------------
 
 

@@ -65,7 +65,7 @@ def in_words(outcome: Outcome) -> str:
         return (
             f"not within {len(outcome.shares) - herd.STARTS:.0f} s ({sum(late) / len(late):.0%} at the end)"
         )
-    relapses = f", {outcome.relapses} relapses" if outcome.relapses else ""
+    relapses = f", {outcome.relapses} relapse{'s' * (outcome.relapses > 1)}" if outcome.relapses else ""
     return f"{outcome.recovery:.0f} s{relapses}"
 
 
@@ -91,8 +91,12 @@ def table(outcomes: dict[tuple[str, int], Outcome], sizes: Sequence[int]) -> str
 def drawings(outcomes: dict[tuple[str, int], Outcome], size: int) -> dict[str, str]:
     """File name → SVG."""
     marks = [(herd.DIES, "dies"), (herd.STARTS, "is back")]
-    parts = [name for name, _ in outcomes if name not in {"pybreaker", "plain"}]
-    parts = list(dict.fromkeys(parts))
+    others = {
+        "pybreaker",
+        "plain",
+        "no budget",
+    }  # the last is the same as with one, as long as there is a breaker
+    parts = [name for name in dict.fromkeys(name for name, _ in outcomes) if name not in others]
 
     def answered(names: Sequence[str]) -> list[Line]:
         return [

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Line", "chart"]
 
-WIDTH, HEIGHT = 720, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 34, 58
+WIDTH, HEIGHT = 720, 310
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 34, 68
 COLOURS = ("#0b6e4f", "#c8553d", "#5b5f97", "#b8860b", "#3d7ea6", "#7a7a7a")
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "4 2", "1 3")
 
@@ -66,7 +66,7 @@ def chart(
         parts.append(f'<polyline points="{points}" fill="none" {stroke}/>')
         row, column = divmod(number, 3)
         at = LEFT + column * across // 3
-        height = HEIGHT - 22 + 14 * row
+        height = TOP + up + 36 + 15 * row
         parts.append(
             f'<path d="M{at} {height - 4}h22" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
             f'<text x="{at + 27}" y="{height}">{html.escape(line.label)}</text>'

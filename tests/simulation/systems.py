@@ -226,6 +226,6 @@ SYSTEMS = {
         ours("no budget", "resilientdb without a retry budget", budget=False),
         ours("no prober", "resilientdb without a prober", prober=False),
         ours("no breaker", "resilientdb without a breaker", breaker=False),
-        ours("no breaker or budget", "resilientdb without both", breaker=False, budget=False),
+        ours("no breaker or budget", "resilientdb without breaker and budget", breaker=False, budget=False),
     )
 }

@@ -29,7 +29,7 @@ def test_with_the_library_it_recovers(processes: int, seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["pybreaker", "plain", "no slow start", "no breaker"])
 def test_without_it_or_its_slow_start_the_database_stays_down(name: str) -> None:
-    outcome = herd.run(SYSTEMS[name], 100, seconds=40)
+    outcome = herd.run(SYSTEMS[name], 100, seconds=30)
     assert outcome.recovery is None
     assert max(outcome.active[20:]) > 2 * outcome.knee, (
         "busy all the time, with what nobody waits for any more"
