@@ -82,7 +82,8 @@ class DrainBegun(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AcquisitionRetried(Event):
-    """Opening a connection failed and is tried again after ``delay`` seconds; ``attempt`` counts from 1."""
+    """Opening a connection to ``node`` failed and is tried again after ``delay`` seconds. ``attempt`` is the one that
+    failed, counted from 1; ``error`` says how, without SQL or credentials."""
 
     node: str
     attempt: int
@@ -92,11 +93,14 @@ class AcquisitionRetried(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransactionRetried(Event):
-    """``run_transaction`` runs its function again after ``delay`` seconds; ``attempt`` counts from 1."""
+    """``run_transaction`` runs its function again after ``delay`` seconds. ``attempt`` is the one that failed,
+    counted from 1; ``error`` says how, without SQL or credentials. ``node`` is where; None if the driver's error
+    did not come through SQLAlchemy."""
 
     attempt: int
     delay: float
     error: str
+    node: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -104,7 +104,7 @@ def test_the_signatures(name: str) -> None:
 
 OPTIONS = {
     "SaturationQueue": "max_waiting timeout target interval sheddable_plus_share sheddable_share limiter",
-    "RetryPolicy": "attempts timeout wait_when_open backoff budget",
+    "RetryPolicy": "attempts timeout wait_when_open wait stop backoff budget",
     "Backoff": "initial maximum multiplier jitter",
     "RetryBudget": "ratio window floor",
     "BreakerPolicy": "failure_rate_threshold minimum_calls window reset_timeout max_reset_timeout "

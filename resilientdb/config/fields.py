@@ -6,12 +6,25 @@ A field says it in its annotation: ``max_waiting: Annotated[int | None, Count(mi
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["REJECTED", "Choice", "Count", "Factory", "Flag", "Kind", "Listeners", "Name", "Number", "Seconds"]
+__all__ = [
+    "REJECTED",
+    "Choice",
+    "Count",
+    "Factory",
+    "Flag",
+    "Kind",
+    "Listeners",
+    "Name",
+    "Number",
+    "Seconds",
+    "Strategy",
+]
 
 LONGEST_SECONDS: Final = 1_000_000.0
 """Eleven days. Longer ones overflow the C integers of socket options and lock timeouts long after start-up;
@@ -202,3 +215,52 @@ class Factory(Kind):
 
     def parse(self, text: str) -> object:  # noqa: ARG002
         return REJECTED
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy(Kind):
+    """One of tenacity's strategies, or a function that does the same: takes the ``RetryCallState`` of the attempt
+    that failed and returns ``answer``."""
+
+    from_text = False
+    what: str
+    """``wait`` or ``stop``."""
+    example: str
+    answer: str
+
+    def describe(self) -> str:
+        return (
+            f"a tenacity {self.what} strategy (such as {self.example}) or a plain function that takes tenacity's "
+            f"RetryCallState and returns {self.answer}"
+        )
+
+    def check(self, value: object) -> object:
+        # A class is one that somebody forgot to call; what must be awaited cannot be asked by a thread; a strategy
+        # for the other question would be asked happily, and its answer taken for one to this.
+        kind = next((base.__module__ for base in type(value).__mro__ if base.__name__ in _BASES), None)
+        usable = (
+            callable(value)
+            and not isinstance(value, type)
+            and not inspect.iscoroutinefunction(value)
+            and not inspect.iscoroutinefunction(getattr(value, "__call__", None))  # noqa: B004
+            and kind in {None, f"tenacity.{self.what}"}
+            and _takes_one(value)
+        )
+        return value if usable else REJECTED
+
+    def parse(self, text: str) -> object:  # noqa: ARG002
+        return REJECTED
+
+
+_BASES = frozenset({"wait_base", "stop_base", "retry_base"})
+
+
+def _takes_one(function: object) -> bool:
+    """Whether it can be called with one argument; True if it does not say."""
+    try:
+        inspect.signature(function).bind(None)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True

@@ -11,11 +11,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from resilientdb.config.base import Options
-from resilientdb.config.fields import Choice, Count, Factory, Flag, Listeners, Name, Number, Seconds
+from resilientdb.config.fields import (
+    Choice,
+    Count,
+    Factory,
+    Flag,
+    Listeners,
+    Name,
+    Number,
+    Seconds,
+    Strategy,
+)
 from resilientdb.config.wording import wrong_value
 
 if TYPE_CHECKING:
     from pybreaker import CircuitBreakerListener, CircuitBreakerStorage
+    from tenacity import RetryCallState
 
 __all__ = [
     "Backoff",
@@ -118,7 +129,8 @@ class RetryBudget(Options, table="retry.budget"):
 
     floor: Annotated[int, Count(minimum=0)] = 3
     """Retries a window that are always allowed, 0 or more. 3: a nearly idle service has no successes to earn
-    its retries with, and three in ten seconds harm nobody."""
+    its retries with, and three in ten seconds harm nobody. It counts for each process: of a thousand processes these
+    are three thousand."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -130,13 +142,28 @@ class RetryPolicy(Options, table="retry"):
     deadlock and dropped connection; what fails three times is seldom helped by a fourth."""
 
     timeout: Annotated[float | None, Seconds(above=True)] = 10.0
-    """Seconds for all attempts and pauses together, above 0; never past the deadline. 10.0: outlasts a quick
-    failover, and ends before most callers do."""
+    """Seconds for all attempts and pauses together, the first attempt included, above 0: no attempt is begun after
+    them, and none is past the deadline. 10.0: outlasts a quick failover, and ends before most callers do."""
 
     wait_when_open: Annotated[bool, Flag()] = False
     """Whether a call that an open circuit refuses is tried again like one that failed. False: refused at once,
     for callers that somebody waits for. True: rides out an outage, for work that nobody watches. Costs nothing of
     the budget, since nothing is sent."""
+
+    wait: Annotated[
+        Callable[["RetryCallState"], float] | None,
+        Strategy("wait", "tenacity.wait_exponential_jitter()", "seconds"),
+    ] = field(default=None, hash=False)
+    """A tenacity wait strategy, or a function like one, that says how long to pause before the next attempt: in place
+    of ``backoff``. From code only. None: the backoff. ``attempts``, ``timeout``, the budget and the deadline still
+    bind."""
+
+    stop: Annotated[
+        Callable[["RetryCallState"], bool] | None,
+        Strategy("stop", "tenacity.stop_after_delay(5)", "whether to stop"),
+    ] = field(default=None, hash=False)
+    """A tenacity stop strategy, or a function like one, that ends the attempts sooner: it is asked in addition to all
+    other limits and lifts none of them. From code only."""
 
     backoff: Backoff = field(default_factory=Backoff)
     """The pauses between attempts."""
@@ -149,6 +176,7 @@ class RetryPolicy(Options, table="retry"):
         if (
             self.attempts > 1
             and self.timeout is not None
+            and self.wait is None
             and pause.jitter == "none"
             and pause.initial >= self.timeout
         ):

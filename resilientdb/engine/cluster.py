@@ -130,8 +130,16 @@ class Cluster:
         return retry.wait_when_open and retry.attempts > 1 and isinstance(refusal, retrying.REFUSALS)
 
     def retry_acquisition(
-        self, attempt: Callable[[], T], first: Exception, pause: Callable[[float], None], node: str
+        self,
+        attempt: Callable[[], T],
+        first: Exception,
+        pause: Callable[[float], None],
+        node: str,
+        *,
+        began: float | None = None,
     ) -> T:
+        """``began``: when the first attempt did; None: as remembered with its error, or just now."""
+
         def announce(number: int, delay: float, error: BaseException) -> None:
             self.emit(AcquisitionRetried(node=node, attempt=number, delay=delay, error=describe(error)))
 
@@ -140,6 +148,7 @@ class Cluster:
             first,
             self.resilience.retry,
             pause,
+            began=began,
             is_retryable=self.may_retry,
             spend=self.spend_retry,
             announce=announce,
@@ -158,7 +167,8 @@ class Cluster:
         return granted
 
     def announce_transaction_retry(self, number: int, delay: float, error: BaseException) -> None:
-        self.emit(TransactionRetried(attempt=number, delay=delay, error=describe(error)))
+        node = retrying.node_of(error)
+        self.emit(TransactionRetried(node=node, attempt=number, delay=delay, error=describe(error)))
 
     # -- the probers ---------------------------------------------------------------------------------------
 

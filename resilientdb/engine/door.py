@@ -154,6 +154,7 @@ class Door(Pool):
             self.begin_draining()
 
     def connect(self) -> PoolProxiedConnection:
+        began = monotonic()
         try:
             return self.checkout_once()
         except Exception as error:
@@ -161,7 +162,9 @@ class Door(Pool):
                 raise
             first = error
         # Outside the except block, so that what happens from here on does not drag the first error along.
-        return self.cluster.retry_acquisition(self.checkout_once, first, self._pause, self.node.name)
+        return self.cluster.retry_acquisition(
+            self.checkout_once, first, self._pause, self.node.name, began=began
+        )
 
     def begin_draining(self) -> None:
         """Take no new work. In place of the method, so that nobody pays for it who is not draining."""

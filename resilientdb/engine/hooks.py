@@ -14,6 +14,7 @@ from sqlalchemy import event
 from resilientdb.engine import reading
 from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.engine.drivers import Driver
+from resilientdb.engine.retrying import happened_at, remember_beginning
 from resilientdb.errors import CommitOutcomeUnknown, DeadlineExceeded, ResilienceError
 from resilientdb.policy.faults import Fault, Phase, classify, describe, evidence
 from resilientdb.runtime.clock import monotonic
@@ -156,6 +157,8 @@ class _Hooks:
         """Tell the breaker of the node what the failure shows, now rather than at the checkin."""
         # SQLAlchemy's StaticPool makes plain records of its own.
         node = getattr(record, "node", self._cluster.nodes[0])
+        happened_at(error, node.name)
+        remember_beginning(error, getattr(record, "since", 0.0))
         fault = evidence(error, phase)
         if cut or fault is Fault.WRONG_ROLE or fault.is_node_failure:
             node.suspect()
@@ -163,7 +166,9 @@ class _Hooks:
         if permit is None or (fault.is_healthy_reply and not cut):
             return
         record.permit = None
-        if fault.is_node_failure and not cut:
+        # A cut shows nothing about a node that is well: the deadline may have been too short. One call that was let
+        # through to see whether the node answers has seen that it does not, and leaves it work that nobody waits for.
+        if permit.probe if cut else fault.is_node_failure:
             node.breaker.record_failure(permit, error)
         else:
             node.breaker.release(permit)

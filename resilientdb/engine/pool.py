@@ -25,6 +25,7 @@ from resilientdb.engine.door import Door, Record
 from resilientdb.engine.holders import describe_holder, holders
 from resilientdb.engine.opening import Opening, was_shared
 from resilientdb.engine.ping import answers
+from resilientdb.engine.retrying import remember_beginning
 from resilientdb.engine.shared import SharedSlots, limiter, task_or_flow
 from resilientdb.engine.slots import Slots
 from resilientdb.engine.upkeep import PoolUpkeep, in_upkeep
@@ -260,6 +261,7 @@ class QueueDoor(Door, QueuePool):
         try:
             record.get_connection()
         except BaseException as error:
+            remember_beginning(error, record.since)
             record.permit = record.notes = None
             record.invalidate(error)
             self._slots.give_back(record)
@@ -272,6 +274,14 @@ class QueueDoor(Door, QueuePool):
 
     def _get_slowly(self, me: Any, permit: Permit, record: Any = None) -> Any:
         """``record``: an idle one that has been taken already; None: take a slot, or wait for one."""
+        began = monotonic()
+        try:
+            return self._take_or_wait(me, permit, record)
+        except Exception as error:
+            remember_beginning(error, began)
+            raise
+
+    def _take_or_wait(self, me: Any, permit: Permit, record: Any) -> Any:
         deadline = current_deadline()
         if deadline is not None and deadline.remaining() <= 0:
             if record is not None:

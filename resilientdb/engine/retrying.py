@@ -2,16 +2,24 @@
 
 The first attempt always runs outside of here, so that a call that succeeds pays nothing. The loop is then
 tenacity's; what is ours is when it must not go on: past the caller's deadline, over the budget of retries that
-the database can bear, or on an error that another attempt cannot mend. The last real error is what is raised.
+the database can bear, or on an error that another attempt cannot mend. The user's own strategies (``retry.wait``,
+``retry.stop``) shape it within these limits.
+
+The last real error is what is raised, with a note on it (PEP 678) of what came of each attempt.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+import contextlib
+import math
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import tenacity
 
-from resilientdb.errors import CircuitOpen, NoPrimaryAvailable, NoReplicaAvailable
+from resilientdb.config.wording import name_of, shown
+from resilientdb.errors import CircuitOpen, ConfigurationError, NoPrimaryAvailable, NoReplicaAvailable
+from resilientdb.policy.faults import classify, describe, from_driver, links_of
+from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.context import current_deadline
 
 if TYPE_CHECKING:
@@ -19,12 +27,70 @@ if TYPE_CHECKING:
 
     from resilientdb.config import Backoff, RetryPolicy
 
-__all__ = ["REFUSALS", "async_loop", "loop"]
+__all__ = [
+    "REFUSALS",
+    "async_loop",
+    "began_at",
+    "happened_at",
+    "loop",
+    "may_run_again",
+    "node_of",
+    "remember_beginning",
+]
 
 T = TypeVar("T")
 
 REFUSALS = (CircuitOpen, NoPrimaryAvailable, NoReplicaAvailable)
 """What an attempt ends with when no node was asked: no news beside an earlier attempt's real error."""
+
+
+# -- what an error carries with it ----------------------------------------------------------------------------------
+
+_BEGAN: Final = "_resilientdb_began"
+_NODE: Final = "_resilientdb_node"
+
+
+def remember_beginning(error: BaseException, began: float) -> None:
+    """Say when the attempt began that ended with ``error``, for the loop that goes on after it.
+
+    On the error, because only an attempt that fails has a use for it: a healthy one need not look at the clock.
+    """
+    with contextlib.suppress(AttributeError):
+        setattr(error, _BEGAN, began)
+
+
+def began_at(error: BaseException) -> float | None:
+    """What ``remember_beginning`` said of it; None if it said nothing."""
+    return next((began for link in links_of(error) if (began := getattr(link, _BEGAN, None))), None)
+
+
+def happened_at(error: BaseException, node: str) -> None:
+    """Say that ``error`` came out of a call to ``node``: some drivers let out errors that look like anybody's."""
+    with contextlib.suppress(AttributeError):
+        setattr(error, _NODE, node)
+
+
+def node_of(error: BaseException) -> str | None:
+    """The node whose answer, or silence, ``error`` is; None if nobody said."""
+    return next((node for link in links_of(error) if (node := getattr(link, _NODE, None)) is not None), None)
+
+
+def may_run_again(error: BaseException) -> bool:
+    """Whether a transaction that ended with ``error`` may be run again.
+
+    Only if the error came out of a database call, and says that another run may succeed. A ``ConnectionError`` of the
+    function's own (another service is down) says nothing about the transaction; one that a driver lets out raw does.
+    What the function has raised *from* a database's error counts as that error.
+    """
+    if not classify(error).retry_transaction:
+        return False
+    for link in links_of(error):
+        if from_driver(link) or getattr(link, _NODE, None) is not None:
+            return classify(link).retry_transaction
+    return False
+
+
+# -- how long to pause, and when to stop ----------------------------------------------------------------------------
 
 
 def wait_strategy(backoff: Backoff) -> tenacity.wait.wait_base:
@@ -33,60 +99,154 @@ def wait_strategy(backoff: Backoff) -> tenacity.wait.wait_base:
     return strategy(multiplier=backoff.initial, max=backoff.maximum, exp_base=backoff.multiplier)
 
 
-class _stop_at_deadline(tenacity.stop.stop_base):  # noqa: N801 - tenacity names its strategies so
-    """The wait before the next attempt would outlast the deadline in force, or all the time a retry may take."""
+def _checked(wait: Callable[[tenacity.RetryCallState], float]) -> Callable[[tenacity.RetryCallState], float]:
+    """The user's own strategy, held to what can be slept."""
 
-    def __init__(self, timeout: float | None) -> None:
-        self._timeout = timeout
+    def pause(state: tenacity.RetryCallState) -> float:
+        seconds: object = wait(state)
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+            raise ConfigurationError(
+                f"retry.wait must return seconds, 0 or more; {name_of(wait)} returned {shown(seconds)}",
+                key="retry.wait",
+            ) from _error_of(state)
+        return float(seconds)
 
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        wait = retry_state.upcoming_sleep
-        deadline = current_deadline()
-        if deadline is not None and wait >= deadline.remaining():
-            return True
-        spent = retry_state.seconds_since_start or 0.0
-        return self._timeout is not None and spent + wait > self._timeout
+    return pause
 
 
-class _stop_without_budget(tenacity.stop.stop_base):  # noqa: N801
-    """No retry is granted. Asked last, since asking spends."""
+def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome is not None else None
 
-    def __init__(self, spend: Callable[[BaseException], bool]) -> None:
+
+class _Course:
+    """One loop's attempts: what came of each, whether there may be another, and what is raised in the end."""
+
+    def __init__(
+        self,
+        first: Exception,
+        policy: RetryPolicy,
+        began: float | None,
+        *,
+        is_retryable: Callable[[BaseException], bool],
+        spend: Callable[[BaseException], bool],
+        announce: Callable[[int, float, BaseException], None],
+    ) -> None:
+        self._policy = policy
+        self._is_retryable = is_retryable
         self._spend = spend
+        self._announce = announce
+        if began is None:
+            began = began_at(first)
+        self._began = monotonic() if began is None else began
+        self._pending: Exception | None = first
+        self._last: Exception = first
+        self._failure: Exception = first
+        self._attempt_began = self._began
+        self._attempts = 0
+        self._lines: list[str] = []
+        self._ended = ""
 
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        outcome = retry_state.outcome
-        error = outcome.exception() if outcome is not None else None
-        return error is not None and not self._spend(error)
+    def options(self) -> dict[str, Any]:
+        """What to make tenacity's loop with."""
+        policy = self._policy
+        return {
+            "wait": _checked(policy.wait) if policy.wait is not None else wait_strategy(policy.backoff),
+            "stop": self._is_over,
+            # Exceptions only, never a cancellation: tenacity hands those to predicates too.
+            "retry": tenacity.retry_if_exception(
+                lambda error: isinstance(error, Exception) and self._is_retryable(error)
+            ),
+            "before": self._start_the_clock,
+            "before_sleep": self._before_sleep,
+            "reraise": True,
+        }
 
+    def begin(self) -> None:
+        """An attempt begins; in place of the first, which was made before, its error is raised."""
+        if self._pending is not None:
+            error, self._pending = self._pending, None
+            self.failed(error)
+            raise error
+        self._attempt_began = monotonic()
 
-def _options(
-    policy: RetryPolicy,
-    *,
-    is_retryable: Callable[[BaseException], bool],
-    spend: Callable[[BaseException], bool],
-    announce: Callable[[int, float, BaseException], None],
-) -> dict[str, Any]:
-    def before_sleep(state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome is not None else None
+    def failed(self, error: Exception) -> None:
+        """The attempt that was begun last ended with ``error``."""
+        self._last = error
+        if not isinstance(error, REFUSALS) or isinstance(self._failure, REFUSALS):
+            self._failure = error
+        self._attempts += 1
+        text = describe(error)
+        if len(text) > _LONGEST_LINE:
+            text = f"{text[: _LONGEST_LINE - 1]}…"
+        self._lines.append(
+            f"attempt {self._attempts} after {self._attempt_began - self._began:.2f} s: {text}"
+        )
+        if len(self._lines) > _MOST_LINES:
+            del self._lines[_MOST_LINES // 2]
+
+    def outcome(self, last: Exception) -> Exception:
+        """What to raise where the loop ends with ``last``: what the database said, not that it was not asked."""
+        if last is not self._last:  # a strategy of the user's does not work
+            last.__cause__ = last.__cause__ or self._failure
+            return last
+        self._note(self._failure)
+        return self._failure
+
+    def _start_the_clock(self, state: tenacity.RetryCallState) -> None:
+        # tenacity's own starts with the loop, and the first attempt is part of the time a retry may take.
+        if state.attempt_number == 1:
+            state.start_time = self._began
+
+    def _before_sleep(self, state: tenacity.RetryCallState) -> None:
+        error = _error_of(state)
         if error is not None:
-            announce(state.attempt_number, state.upcoming_sleep, error)
+            self._announce(state.attempt_number, state.upcoming_sleep, error)
 
-    return {
-        "wait": wait_strategy(policy.backoff),
-        # stop_any asks in order and stops at the first yes.
-        "stop": tenacity.stop_any(
-            tenacity.stop_after_attempt(policy.attempts),
-            _stop_at_deadline(policy.timeout),
-            _stop_without_budget(spend),
-        ),
-        # Exceptions only, never a cancellation: tenacity hands those to predicates too.
-        "retry": tenacity.retry_if_exception(
-            lambda error: isinstance(error, Exception) and is_retryable(error)
-        ),
-        "before_sleep": before_sleep,
-        "reraise": True,
-    }
+    def _is_over(self, state: tenacity.RetryCallState) -> bool:
+        self._ended = self._limit_reached(state)
+        return bool(self._ended)
+
+    def _limit_reached(self, state: tenacity.RetryCallState) -> str:
+        """Which limit forbids another attempt, in words; empty if none does."""
+        policy, wait, deadline = self._policy, state.upcoming_sleep, current_deadline()
+        error = _error_of(state)
+        if state.attempt_number >= policy.attempts:
+            return f"retry.attempts is {policy.attempts}"
+        if deadline is not None and wait >= deadline.remaining():
+            return f"the deadline of {deadline.seconds:g} s would end during the pause of {wait:.2f} s"
+        if policy.timeout is not None and (state.seconds_since_start or 0.0) + wait > policy.timeout:
+            return f"retry.timeout of {policy.timeout:g} s would end during the pause of {wait:.2f} s"
+        if policy.stop is not None and policy.stop(state):
+            return f"retry.stop ({name_of(policy.stop)}) said so"
+        # Asked last, since asking spends.
+        if error is not None and not self._spend(error):
+            return "too many retries lately (retry.budget)"
+        return ""
+
+    def _note(self, error: Exception) -> None:
+        if self._attempts == 1 and self._policy.attempts == 1:
+            return  # nobody expects more than one
+        lines = list(self._lines)
+        if (left_out := self._attempts - len(lines)) > 0:
+            lines.insert(_MOST_LINES // 2, f"… {left_out} more …")
+        lines.append(f"no other attempt: {self._ended or 'it would not mend this'}")
+        # In place of an earlier one: the error may be a copy of another caller's, or have passed a loop further in.
+        # A list of its own, since a copy shares its original's.
+        notes = getattr(error, "__notes__", None)
+        kept = [note for note in notes if not _is_ours(note)] if isinstance(notes, list) else []
+        with contextlib.suppress(AttributeError):
+            error.__notes__ = [*kept, "\n".join(lines)]
+
+
+_MOST_LINES: Final = 6
+_LONGEST_LINE: Final = 160
+
+
+def _is_ours(note: object) -> bool:
+    return isinstance(note, str) and note.startswith("attempt 1 after ")
+
+
+# -- the loop -------------------------------------------------------------------------------------------------------
 
 
 def loop(
@@ -94,60 +254,54 @@ def loop(
     first: Exception,
     policy: RetryPolicy,
     pause: Callable[[float], Any],
+    *,
+    began: float | None = None,
     **rules: Any,
 ) -> T:
     """Go on after ``first``, the error of an attempt made already, which counts as one of ``policy.attempts``.
 
-    ``pause(seconds)`` sleeps. ``rules``: ``is_retryable(error)``, ``spend(error)`` (take one retry out of the
+    ``pause(seconds)`` sleeps. ``began``: when the first attempt began, on the monotonic clock; None: ask the error
+    (``remember_beginning``). ``rules``: ``is_retryable(error)``, ``spend(error)`` (take one retry out of the
     budget), ``announce(attempt, delay, error)``.
     """
-    pending: Exception | None = first
-    failure = first
+    course = _Course(first, policy, began, **rules)
 
     def attempt_or_first() -> T:
-        nonlocal pending, failure
-        if pending is not None:
-            error, pending = pending, None
-            raise error
+        course.begin()
         try:
             return attempt()
-        except REFUSALS:
-            raise
         except Exception as error:
-            failure = error
+            course.failed(error)
             raise
 
     try:
-        return tenacity.Retrying(sleep=pause, **_options(policy, **rules))(attempt_or_first)
-    except REFUSALS:
-        if isinstance(failure, REFUSALS):
-            raise
-    raise failure  # what the database said, not that it was not asked again
+        return tenacity.Retrying(sleep=pause, **course.options())(attempt_or_first)
+    except Exception as last:  # noqa: BLE001 - raised, itself or what it would hide, outside of its own handling
+        outcome = course.outcome(last)
+    raise outcome
 
 
 async def async_loop(
-    attempt: Callable[[], Awaitable[T]], first: Exception, policy: RetryPolicy, **rules: Any
+    attempt: Callable[[], Awaitable[T]],
+    first: Exception,
+    policy: RetryPolicy,
+    *,
+    began: float | None = None,
+    **rules: Any,
 ) -> T:
     """As ``loop``, for a coroutine function."""
-    pending: Exception | None = first
-    failure = first
+    course = _Course(first, policy, began, **rules)
 
     async def attempt_or_first() -> T:
-        nonlocal pending, failure
-        if pending is not None:
-            error, pending = pending, None
-            raise error
+        course.begin()
         try:
             return await attempt()
-        except REFUSALS:
-            raise
         except Exception as error:
-            failure = error
+            course.failed(error)
             raise
 
     try:
-        return await tenacity.AsyncRetrying(**_options(policy, **rules))(attempt_or_first)
-    except REFUSALS:
-        if isinstance(failure, REFUSALS):
-            raise
-    raise failure
+        return await tenacity.AsyncRetrying(**course.options())(attempt_or_first)
+    except Exception as last:  # noqa: BLE001 - raised, itself or what it would hide, outside of its own handling
+        outcome = course.outcome(last)
+    raise outcome

@@ -48,11 +48,12 @@ from resilientdb.policy.fault_tables import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Fault", "Phase", "classify", "describe", "evidence", "sqlstate_of"]
+__all__ = ["Fault", "Phase", "classify", "describe", "evidence", "from_driver", "links_of", "sqlstate_of"]
 
 _POSTGRESQL: Final = frozenset({"psycopg", "psycopg2", "asyncpg"})
 _MYSQL: Final = frozenset({"pymysql", "aiomysql", "asyncmy", "MySQLdb", "mysql", "mariadb"})
 _SQLITE: Final = frozenset({"sqlite3", "aiosqlite", "pysqlite3"})
+_DRIVERS: Final = _POSTGRESQL | _MYSQL | _SQLITE
 _DBAPI_NAMES: Final = frozenset(
     [
         "InterfaceError",
@@ -129,6 +130,26 @@ def evidence(error: BaseException, phase: Phase = Phase.STATEMENT) -> Fault:
     node; one whose caller was cancelled is ``IN_DOUBT`` and ``CANCELLED``.
     """
     return classify(error, Phase.STATEMENT if phase is Phase.COMMIT else phase)
+
+
+def from_driver(error: BaseException) -> bool:
+    """Whether a database driver has raised ``error``, by its class; SQLAlchemy's wrapper of such an error counts.
+
+    Not what it was raised from: see ``links_of``. False for the raw ``OSError`` of a driver that lets one out: it
+    looks like anybody's.
+    """
+    for base in type(error).__mro__:
+        module = str(base.__module__)
+        if module.partition(".")[0] in _DRIVERS or module.startswith("sqlalchemy.dialects."):
+            return True
+        if module == "sqlalchemy.exc" and base.__name__ in {"DBAPIError", "DisconnectionError"}:
+            return True
+    return False
+
+
+def links_of(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and what it wraps or was raised from, outermost first; bounded, also for a chain that is a circle."""
+    return _links(error)
 
 
 def sqlstate_of(error: BaseException) -> str | None:

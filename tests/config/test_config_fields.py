@@ -9,10 +9,11 @@ from typing import Any
 
 import pybreaker
 import pytest
+import tenacity
 
 from resilientdb.config import Resilience, options, resilience
 from resilientdb.config.base import Option, Options, leaves, options_of
-from resilientdb.config.fields import Choice, Count, Factory, Flag, Kind, Listeners, Name, Number
+from resilientdb.config.fields import Choice, Count, Factory, Flag, Kind, Listeners, Name, Number, Strategy
 from resilientdb.errors import ConfigurationError
 
 LEAVES = dict(leaves(Resilience))
@@ -73,6 +74,9 @@ def bad_values(option: Option) -> list[object]:
             ]
         case Factory():
             wrong += [pybreaker.CircuitMemoryStorage(pybreaker.STATE_CLOSED)]
+        case Strategy():
+            wrong += [1.0, lambda: 0, tenacity.wait_fixed, tenacity.retry_always]
+            wrong += [tenacity.stop_never if kind.what == "wait" else tenacity.wait_none()]
         case _:
             raise AssertionError(kind)
     return wrong
@@ -101,6 +105,9 @@ def good_values(option: Option) -> list[object]:
             good += [(pybreaker.CircuitBreakerListener(),)]
         case Factory():
             good += [lambda _node: pybreaker.CircuitMemoryStorage(pybreaker.STATE_CLOSED)]
+        case Strategy():
+            good += [lambda _state: 0]
+            good += [tenacity.stop_after_delay(5) if kind.what == "stop" else tenacity.wait_random(0, 1)]
         case _:
             raise AssertionError(kind)
     return good
@@ -189,6 +196,8 @@ DEFAULTS = {
     "retry.wait_when_open": False,
     "retry.backoff.initial": 0.05,
     "retry.backoff.maximum": 2.0,
+    "retry.wait": None,
+    "retry.stop": None,
     "retry.backoff.multiplier": 2.0,
     "retry.backoff.jitter": "full",
     "retry.budget.ratio": 0.2,

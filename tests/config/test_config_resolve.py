@@ -66,6 +66,8 @@ def test_fields_of_one_table_come_from_anywhere() -> None:
         "retry.attempts": "call",
         "retry.timeout": "profile worker",
         "retry.wait_when_open": "profile worker",
+        "retry.wait": "default",
+        "retry.stop": "default",
         "retry.backoff.initial": "env RESILIENTDB_RETRY_BACKOFF_INITIAL",
         "retry.backoff.maximum": "profile worker",
         "retry.backoff.multiplier": "default",

@@ -161,7 +161,7 @@ def test_none_where_it_is_allowed() -> None:
         Resilience.from_env(environ={"RESILIENTDB_RETRY_ATTEMPTS": "none"})
 
 
-@pytest.mark.parametrize("key", ["breaker.listeners", "breaker.storage"])
+@pytest.mark.parametrize("key", ["breaker.listeners", "breaker.storage", "retry.wait", "retry.stop"])
 def test_objects_cannot_come_from_text(key: str) -> None:
     for source in (
         lambda: Resilience.from_env(environ={variable(key): "redis://:hunter2@cache"}),
