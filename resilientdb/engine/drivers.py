@@ -117,7 +117,7 @@ class _Psycopg(_Libpq):
 
     def has_declared_read_only(self, dbapi_connection: object) -> bool:
         connection: Any = dbapi_connection
-        return _declared_read_only(lambda name: connection.info.parameter_status(name))
+        return _declared_read_only(lambda name: connection.info.parameter_status(name))  # noqa: PLW0108
 
     def is_stale_plan(self, error: BaseException) -> bool:
         # It prepares what it has sent five times, and forgets that with a ROLLBACK only. Meanwhile a table may have

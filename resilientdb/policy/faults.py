@@ -160,7 +160,8 @@ def describe(error: BaseException) -> str:
     link = next((link for link in links if _kind_of(link).family != "wrapper"), error)
     root = str(type(link).__module__).partition(".")[0]
     words = [type(link).__name__ if root == "builtins" else f"{root}.{type(link).__name__}"]
-    if sqlstate := sqlstate_of(error):
+    # MySQL's number says more than its SQLSTATE, which is the same for most of them.
+    if (sqlstate := sqlstate_of(error)) and _kind_of(link).family != "mysql":
         words.append(f"[{sqlstate}]")
     elif _kind_of(link).family != "other":
         if number := _number(link):

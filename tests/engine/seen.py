@@ -61,7 +61,7 @@ def seen(event: str, driver: str, error: BaseException, phase: Phase = Phase.STA
     fault = classify(error, phase)
     row = {
         "error": type(error).__name__,
-        "code": sqlstate_of(error) or _number(error),
+        "code": _number(error) or sqlstate_of(error),
         "invalidated": getattr(error, "connection_invalidated", False) is True,
         "fault": fault.value,
     }

@@ -350,7 +350,12 @@ def test_the_server_s_life() -> None:
         assert server.query("SELECT count(*) FROM t", database="app") == [(0,)]
         with server.hang():
             answered = threading.Event()
-            thread = threading.Thread(target=lambda: (server.query("SELECT 1"), answered.set()))
+
+            def ask() -> None:
+                server.query("SELECT 1")
+                answered.set()
+
+            thread = threading.Thread(target=ask)
             thread.start()
             assert not answered.wait(0.2)
         assert answered.wait(10)

@@ -392,6 +392,8 @@ def test_describe_says_where_and_what_and_no_more() -> None:
     assert describe(wrapped(unique)) == "psycopg.UniqueViolation [23505]"
     mysql = made_by("pymysql.err", "OperationalError", 2003, "Can't connect to MySQL server on 'db-1'")
     assert describe(mysql) == "pymysql.OperationalError [2003] db-1 can't connect"
+    deadlock = made_by("asyncmy.errors", "OperationalError", 1213, "Deadlock found", sqlstate="40001")
+    assert describe(wrapped(deadlock)) == "asyncmy.OperationalError [1213]"
     assert describe(KeyError(4711)) == "KeyError"
     assert describe(errors.PoolSaturated("Full: 5\nof 5")) == "PoolSaturated: Full: 5 of 5"
 
