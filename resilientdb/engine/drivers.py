@@ -324,10 +324,7 @@ def _declared_read_only(setting: Callable[[str], str | None]) -> bool:
     """Whether a READ ONLY transaction can only be the application's wish: PostgreSQL 14 and newer tell every client,
     and again when it changes, that they are no standby and that transactions are READ WRITE unless one says more."""
     try:
-        return [setting(name) for name in ("in_hot_standby", "default_transaction_read_only")] == [
-            "off",
-            "off",
-        ]
+        return all(setting(name) == "off" for name in ("in_hot_standby", "default_transaction_read_only"))
     except Exception:  # noqa: BLE001 - an older server, or a connection that is gone
         return False
 
