@@ -38,6 +38,7 @@ EVENTS = {
     "interrupted": "An administrator ends the statement",
     "read-only-server": "A write on a server that is read-only",
     "own-read-only": "A write in the application's own READ ONLY transaction",
+    "cancelled": "The task is cancelled in the middle of a statement",
     "unique": "Unique violation",
     "not-null": "NOT NULL violation",
     "syntax": "Syntax error",
