@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from resilientdb.testing.postgres import Postgres
 
-ASYNC = {"psycopg_async", "asyncpg", "aiosqlite"}
+ASYNC = {"psycopg_async", "asyncpg", "aiosqlite", "aiomysql", "asyncmy"}
 POSTGRESQL = ["psycopg", "psycopg_async", "psycopg2", "asyncpg"]
 
 
