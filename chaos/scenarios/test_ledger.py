@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from resilientdb.testing.toxiproxy import ToxiproxyServer
 
 _CALLERS = 8
+_FIRST = 5
 _RETRY = rdb.RetryPolicy(
     attempts=10,
     timeout=4.0,
@@ -158,15 +159,25 @@ class _Faults:
         strikes, weights = [strike for _, strike in kinds], [weight for weight, _ in kinds]
         try:
             while not self._stop.wait(self._rng.uniform(0.05, 0.25)):
-                # First the one that makes doubles of naive retries, so that no run is without it.
-                (strike,) = self._rng.choices(strikes, weights) if self.count > 2 else strikes[:1]
-                strike()
+                # First, some of what makes doubles of naive retries, so that no run is without it.
+                if self.count < _FIRST:
+                    self._toxic("limit_data", "downstream", 0.03, toxicity=1.0, bytes=0)
+                else:
+                    self._rng.choices(strikes, weights)[0]()
                 self.count += 1
         except Exception as error:  # noqa: BLE001 - raised where it is seen
             self._failure = error
 
-    def _toxic(self, kind: ToxicType, stream: Stream, seconds: float, **attributes: int) -> None:
-        toxicity = self._rng.choice([0.3, 0.6, 1.0])
+    def _toxic(
+        self,
+        kind: ToxicType,
+        stream: Stream,
+        seconds: float,
+        *,
+        toxicity: float | None = None,
+        **attributes: int,
+    ) -> None:
+        toxicity = toxicity or self._rng.choice([0.3, 0.6, 1.0])
         with self._proxy.toxic(kind, stream=stream, toxicity=toxicity, name=None, **attributes):
             self._stop.wait(seconds)
 

@@ -100,10 +100,9 @@ class _PostgreSQL:
         return ["SELECT pg_advisory_xact_lock(7283473652)", table.ddl(dialect)]
 
     def write(self, table: str, key: uuid.UUID) -> str:
-        # One statement, which takes the lock first.
-        return (
-            f"INSERT INTO {table} (id) SELECT uuid '{key.hex}' FROM pg_advisory_xact_lock({lock_number(key)})"
-        )
+        # One statement, and the cheapest that takes the lock before it writes.
+        lock = f"CASE WHEN pg_advisory_xact_lock({lock_number(key)}) IS NULL THEN 0 ELSE 0 END"
+        return f"INSERT INTO {table} (id, n) VALUES (uuid '{key.hex}', {lock})"
 
     def claim(self, connection: Connection, table: str, key: uuid.UUID, wait: float) -> bool:
         say = connection.exec_driver_sql

@@ -532,6 +532,6 @@ def test_begin_and_token_are_one_message(subject: Subject) -> None:
     finally:
         postgres.query("ALTER SYSTEM RESET log_statement")
         postgres.reload()
-    lines = [line for line in postgres.log_tail(40).splitlines() if "resilientdb_token (id)" in line]
+    lines = [line for line in postgres.log_tail(40).splitlines() if "resilientdb_token (id, n)" in line]
     assert lines
     assert ("BEGIN" in lines[-1]) is (subject.driver != "psycopg2")
