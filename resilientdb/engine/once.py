@@ -1,8 +1,8 @@
 """One logical transaction that is committed exactly once, however often its COMMIT gets lost.
 
-Each run of the function is a transaction that begins with the same token (``outcome``). When the reply to a COMMIT is
-lost, the next transaction asks first: if the token is there, the work is done and what the function returned is still
-in memory; if not, it never will be, and the function runs again right there, in the transaction that has asked.
+Each run of the function is a transaction that begins with a token (``outcome``). When the reply to a COMMIT is lost,
+the next transaction asks for that token first. If it is there, the work is done, and what the function returned is
+still in memory; if not, it never will be, and the function runs again right there, in the transaction that has asked.
 
 Written once, for threads; a task runs it in a greenlet, where waiting for a coroutine looks like a call.
 """
@@ -59,7 +59,9 @@ class Once(Generic[T]):
     def __init__(
         self, hands: Hands, cluster: Cluster, table: TokenTable, function: Callable[[Any], T]
     ) -> None:
-        self.key = new_key(wall(), int.from_bytes(os.urandom(10)))
+        self.key: uuid.UUID
+        """Of the run in hand. A run whose COMMIT was never sent may linger at the server and keep its key: the next
+        one has another. Only where a COMMIT is in doubt it must be the same."""
         self._hands = hands
         self._cluster = cluster
         self._table = table
@@ -126,6 +128,7 @@ class Once(Generic[T]):
         return value
 
     def _write(self, connection: Connection) -> None:
+        self.key = new_key(wall(), int.from_bytes(os.urandom(10)))
         write(connection, self._table, self.key)
         raw = connection.connection.dbapi_connection
         if raw is not None and self._cluster.driver.transaction_status(raw) == "idle":

@@ -86,15 +86,14 @@ class _Language(Protocol):
     def purge(self, table: str, before: uuid.UUID, batch: int) -> list[str]:
         """Say that all keys before this one are forgotten; then delete that many of them."""
 
-    waited_too_long: frozenset[str]
-    """SQLSTATEs of a ``claim`` whose transaction is still open."""
-    no_table: frozenset[str]
+    def is_still_open(self, error: BaseException) -> bool:
+        """Whether a ``claim`` has failed because the transaction in question is still open."""
+
+    def lacks_table(self, error: BaseException) -> bool:
+        """Whether a statement has failed because there is no table."""
 
 
 class _PostgreSQL:
-    waited_too_long = frozenset({"55P03"})
-    no_table = frozenset({"42P01", "3F000"})
-
     def install(self, table: TokenTable, dialect: Dialect) -> list[str]:
         # IF NOT EXISTS alone is not safe against another that creates it in this moment.
         return ["SELECT pg_advisory_xact_lock(7283473652)", table.ddl(dialect)]
@@ -145,6 +144,12 @@ class _PostgreSQL:
             f"AND id < uuid '{before.hex}' ORDER BY id LIMIT {batch} FOR UPDATE SKIP LOCKED)"
         )
         return [say_so, delete]
+
+    def is_still_open(self, error: BaseException) -> bool:
+        return sqlstate_of(error) == "55P03"
+
+    def lacks_table(self, error: BaseException) -> bool:
+        return sqlstate_of(error) in {"42P01", "3F000"}
 
 
 _LANGUAGES: Final[dict[str, _Language]] = {"postgresql": _PostgreSQL()}
@@ -202,7 +207,7 @@ class Claim:
             table = _quoted(self._table, dialect)
             return language.claim(connection, table, self._key, patience(self.waits, left))
         except exc.DBAPIError as error:
-            if sqlstate_of(error) in language.waited_too_long:
+            if language.is_still_open(error):
                 self.waits += 1
                 raise StillOpen from error
             if (lacking := _lacks_table(error, self._table, dialect)) is not None:
@@ -243,7 +248,7 @@ def _quoted(table: TokenTable, dialect: Dialect) -> str:
 
 
 def _lacks_table(error: exc.DBAPIError, table: TokenTable, dialect: Dialect) -> ConfigurationError | None:
-    if sqlstate_of(error) not in language_of(dialect).no_table:
+    if not language_of(dialect).lacks_table(error):
         return None
     name = f"{table.schema}.{table.name}" if table.schema else table.name
     return ConfigurationError(

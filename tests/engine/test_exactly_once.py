@@ -170,7 +170,7 @@ def test_other_transactions_know_nothing_of_it(subject: Subject) -> None:
     assert tokens(subject.postgres) == before
 
 
-def test_a_conflict_is_run_again_with_the_same_token(subject: Subject) -> None:
+def test_a_run_that_failed_leaves_no_token(subject: Subject) -> None:
     before = tokens(subject.postgres)
 
     def refuse() -> None:
