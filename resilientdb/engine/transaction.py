@@ -428,10 +428,9 @@ class _How:
             return error.retryable
         if self._writes_nothing and isinstance(error, CommitOutcomeUnknown):
             return True  # a READ ONLY transaction has nothing to be in doubt about
-        fault = classify(error)
-        if self._writes_nothing and fault is Fault.WRONG_ROLE:
+        if self._writes_nothing and classify(error) is Fault.WRONG_ROLE:
             return False  # a write, in a transaction that was said to have none
-        return fault.retry_transaction
+        return retrying.may_run_again(error)
 
     def rules(self) -> dict[str, Any]:
         return {
