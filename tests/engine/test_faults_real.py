@@ -192,6 +192,19 @@ def test_the_application_s_own_read_only_transaction(clients: Clients, table: st
     assert not error.connection_invalidated  # type: ignore[attr-defined]
 
 
+def test_a_server_s_own_default_is_not_the_application_s(clients: Clients, table: str, role: str) -> None:
+    """How operators keep writes away from a primary: no transaction asked for READ ONLY."""
+    clients.server.query(f"ALTER ROLE {role} SET default_transaction_read_only = on")
+    clients.server.query(f"GRANT ALL ON {table} TO {role}")
+    make: Any = rdb.create_async_engine if clients.driver in ASYNC else rdb.create_engine
+    client = clients.of(make(clients.url().replace("postgres@", f"{role}:hunter2@")))
+    client.connect()
+    error = provoke(lambda: client.run(f"INSERT INTO {table} VALUES (9)"))
+    assert (sqlstate_of(error), classify(error)) == ("25006", Fault.WRONG_ROLE)
+    clients.close()
+    clients.server.query(f"REVOKE ALL ON {table} FROM {role}")
+
+
 def test_a_standby_s_refusal_is_not_the_application_s(
     clients: Clients, table: str, resilientdb_standby: Postgres, resilientdb_postgres: Postgres
 ) -> None:
