@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
-from resilientdb.engine import reading
+from resilientdb.engine import reading, slow_calls
 from resilientdb.engine.commit import without_cancelling
 from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.engine.drivers import Driver
@@ -47,6 +47,7 @@ def install(engine: Engine, cluster: Cluster) -> None:
     """Attach the library to a finished engine, once."""
     _Hooks(engine, cluster)
     reading.attach(engine, cluster.driver)
+    slow_calls.attach(engine, cluster)
 
 
 class _Hooks:
