@@ -45,8 +45,9 @@ class SaturationQueue(Options, table="queue"):
 
     max_waiting: Annotated[int | None, Count(minimum=0)] = 50
     """Most callers waiting at once, a node; 0 or more. One more is told ``PoolSaturated`` at once, or takes the
-    place of the oldest, if that has waited more than three times ``target``; 0 = nobody ever waits. 50: ten callers for each connection of SQLAlchemy's default pool of 5; at 20 ms a transaction
-    the last of them waits 0.2 s, while a longer queue would mostly hold callers that have given up."""
+    place of the oldest, if that has waited more than three times ``target``; 0 = nobody ever waits. 50: ten
+    callers for each connection of SQLAlchemy's default pool of 5; at 20 ms a transaction the last of them waits
+    0.2 s, while a longer queue would mostly hold callers that have given up."""
 
     timeout: Annotated[float | None, Seconds()] = 5.0
     """Seconds one checkout may wait, 0 or more, then ``PoolTimeout``; never longer than the deadline. An

@@ -13,6 +13,7 @@ from sqlalchemy import event
 
 from resilientdb.engine import reading
 from resilientdb.engine.compat import record_of, record_of_connection
+from resilientdb.engine.drivers import Driver
 from resilientdb.engine.retrying import happened_at, remember_beginning
 from resilientdb.errors import CommitOutcomeUnknown, DeadlineExceeded, ResilienceError
 from resilientdb.policy.faults import Fault, Phase, classify, describe, evidence
@@ -48,6 +49,7 @@ class _Hooks:
         event.listen(engine, "do_execute_no_params", self._before_bare_statement)
         event.listen(engine, "handle_error", self._on_error)
         self._is_idle = cluster.driver.is_idle
+        self._is_known = type(cluster.driver) is not Driver
         self._commit = dialect.do_commit
         self._rollback = dialect.do_rollback
         dialect.do_commit = self._do_commit  # type: ignore[method-assign, assignment]
@@ -64,28 +66,30 @@ class _Hooks:
         self._before_statement(_cursor, _statement, None, context)
 
     def _do_commit(self, connection: Any) -> None:
-        raw = getattr(connection, "dbapi_connection", connection)
-        if is_read_only() and self._is_idle(raw):
+        if is_read_only() and self._is_idle(getattr(connection, "dbapi_connection", connection)):
             return  # nothing was written, nothing can be lost
         deadline = current_deadline()
         if deadline is not None:
             self._hold_to(deadline, record_of(connection), "COMMIT was sent; nothing is committed")
         try:
-            self._commit(raw)
+            self._commit(connection)
         except BaseException as error:
             if not _cannot_have_written(record_of(connection)):
                 _mark_as_commit(error)
             raise
 
     def _do_rollback(self, connection: Any) -> None:
-        # The driver's own: SQLAlchemy's proxy would look for each method twice, and then ask the driver's.
         raw = getattr(connection, "dbapi_connection", connection)
         if is_read_only() and self._is_idle(raw):
             return  # the driver would send nothing either, but take its time to find that out
         deadline = current_deadline()
         if deadline is not None and (record := record_of(connection)) is not None:
             self._appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))
-        self._rollback(raw)
+        # SQLAlchemy's proxy looks for a method twice before it asks the driver's connection. But a dialect of which
+        # nothing is known may count on the proxy, and a program may have put a method of its own there.
+        if raw is not connection and self._is_known and "rollback" not in getattr(connection, "__dict__", ()):
+            connection = raw
+        self._rollback(connection)
 
     def _hold_to(self, deadline: Deadline, record: Any, before: str) -> None:
         """Have the watchdog end at the deadline what is about to be sent; refuse to send it after."""

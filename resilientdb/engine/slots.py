@@ -146,6 +146,8 @@ class Slots:
 
     def _take_idle(self) -> Any:
         """An idle record, or None: another thread, which needs no lock for it, may take the last at any moment."""
+        if not self.idle:
+            return None
         try:
             return self.next_idle()
         except IndexError:
