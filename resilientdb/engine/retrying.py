@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import tenacity
 
 from resilientdb.config.wording import name_of, shown
-from resilientdb.errors import CircuitOpen, ConfigurationError, NoPrimaryAvailable, NoReplicaAvailable
+from resilientdb.errors import (
+    CircuitOpen,
+    CommitOutcomeUnknown,
+    ConfigurationError,
+    NoPrimaryAvailable,
+    NoReplicaAvailable,
+)
 from resilientdb.policy.faults import classify, describe, from_driver, links_of
 from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.context import current_deadline
@@ -60,7 +66,10 @@ def remember_beginning(error: BaseException, began: float) -> None:
 
 
 def began_at(error: BaseException) -> float | None:
-    """What ``remember_beginning`` said of it; None if it said nothing."""
+    """What ``remember_beginning`` said of it; None if it said nothing, or of a COMMIT in doubt: to find out what became
+    of it is no further attempt at the same."""
+    if isinstance(error, CommitOutcomeUnknown):
+        return None
     return next((began for link in links_of(error) if (began := getattr(link, _BEGAN, None))), None)
 
 
