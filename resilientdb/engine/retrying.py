@@ -66,8 +66,8 @@ def remember_beginning(error: BaseException, began: float) -> None:
 
 
 def began_at(error: BaseException) -> float | None:
-    """What ``remember_beginning`` said of it; None if it said nothing, or of a COMMIT in doubt: to find out what became
-    of it is no further attempt at the same."""
+    """What ``remember_beginning`` said of it; None if it said nothing, or of a COMMIT in doubt: to find out what
+    became of it is no further attempt at the same."""
     if isinstance(error, CommitOutcomeUnknown):
         return None
     return next((began for link in links_of(error) if (began := getattr(link, _BEGAN, None))), None)
