@@ -208,7 +208,8 @@ def _may_ask_again(error: BaseException) -> bool:
 
 def _patient(retry: RetryPolicy) -> RetryPolicy:
     """As often as there is time for."""
-    return replace(retry, attempts=1_000_000, timeout=retry.timeout or _LONGEST)
+    # The user's strategies are for doing it again, which this is not.
+    return replace(retry, attempts=1_000_000, timeout=retry.timeout or _LONGEST, wait=None, stop=None)
 
 
 def _left(retry: RetryPolicy, began: float) -> float | None:

@@ -26,6 +26,7 @@ from resilientdb.engine.reading import READ_ONLY
 from resilientdb.engine.targets import Target
 from resilientdb.errors import CommitOutcomeUnknown, ConfigurationError, TransactionAborted
 from resilientdb.policy.faults import Fault, classify
+from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.context import current_deadline, deadline
 from resilientdb.runtime.context import read_only as read_only_scope
 
@@ -102,6 +103,7 @@ def run_transaction(
             _Thread(how.target), how.cluster, how.table, lambda work: function(work, *args, **kwargs)
         ).run
 
+    began = monotonic()
     with how.scopes():
         try:
             return attempt()
@@ -109,7 +111,9 @@ def run_transaction(
             if not how.cluster.resilience.enabled or not how.may_run_again(error):
                 raise
             first = error
-        return retrying.loop(attempt, first, how.cluster.resilience.retry, time.sleep, **how.rules())
+        return retrying.loop(
+            attempt, first, how.cluster.resilience.retry, time.sleep, began=began, **how.rules()
+        )
 
 
 async def run_transaction_async(
@@ -143,6 +147,7 @@ async def run_transaction_async(
         once = Once(_Task(how.target), how.cluster, how.table, lambda work: await_only(_awaiting(call(work))))
         attempt = functools.partial(greenlet_spawn, once.run)
 
+    began = monotonic()
     with how.scopes():
         try:
             return await attempt()
@@ -150,7 +155,9 @@ async def run_transaction_async(
             if not how.cluster.resilience.enabled or not how.may_run_again(error):
                 raise
             first = error
-        return await retrying.async_loop(attempt, first, how.cluster.resilience.retry, **how.rules())
+        return await retrying.async_loop(
+            attempt, first, how.cluster.resilience.retry, began=began, **how.rules()
+        )
 
 
 def transactional(

@@ -8,6 +8,7 @@ import contextvars
 import functools
 import inspect
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -602,3 +603,30 @@ def test_a_cancelled_commit_stays_a_cancellation(resilientdb_postgres: Postgres,
         await engine.dispose()
 
     asyncio.run(main())
+
+
+# -- whose error it is, and whose time ------------------------------------------------------------------------------
+
+
+def test_a_connection_error_of_another_service_is_raised_as_it_is(sqlite: sa.Engine) -> None:
+    events, error = listen(sqlite), ConnectionResetError("the mail server")
+    with pytest.raises(ConnectionResetError) as caught:
+        rdb.run_transaction(sqlite, insert, 1, fail=error)
+    assert caught.value is error
+    assert (stored(sqlite), retries(events)) == ([], [])
+
+
+def test_the_time_for_retries_includes_the_first_attempt(tmp_path: Path) -> None:
+    policy = rdb.RetryPolicy(attempts=9, timeout=0.1, backoff=rdb.Backoff(initial=0.001, maximum=0.002))
+    engine = rdb.create_engine(f"sqlite:///{tmp_path}/t.db", resilience=rdb.Resilience(retry=policy))
+    attempts: list[int] = []
+
+    def slow(_connection: sa.Connection) -> None:
+        attempts.append(1)
+        time.sleep(0.15)
+        raise lost()
+
+    with pytest.raises(exc.OperationalError):
+        rdb.run_transaction(engine, slow)
+    assert attempts == [1]
+    engine.dispose()
