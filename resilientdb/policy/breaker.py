@@ -8,7 +8,8 @@ through). The rules:
   background prober finds the node dead.
 * open → half-open when the open time has passed since the last sign of failure, or when the prober gets an
   answer from a node that it had itself seen working all along (then real calls fail for a reason a probe does
-  not see, and real calls must show that it is over).
+  not see, and real calls must show that it is over); where calls have tried just now, and shown that it is not,
+  a quarter of the open time has to pass first.
 * open → closed when the prober gets an answer from a node that it had seen dead.
 * half-open → closed on one probe's success, → open on one probe's failure, or on a slow answer where slow calls
   count.
@@ -51,6 +52,9 @@ HALF_OPEN: Final = "half-open"
 
 _GROWTH: Final = 2.0
 """How many times longer the circuit stays open each time."""
+
+_PATIENCE: Final = 0.25
+"""Part of the open time after which the prober's answer counts again."""
 
 _SOON: Final = 0.05
 """Least seconds after which somebody whom the slow start sends away is told to come back: a few responses."""
@@ -101,6 +105,7 @@ class BreakerCore:
         "_seen_dead",
         "_starting",
         "_starting_since",
+        "_tried",
         "_wait",
         "_window",
         "closed_permit",
@@ -133,6 +138,8 @@ class BreakerCore:
         self._starting_since: float | None = None
         """When its first call was let through."""
         self._seen_dead = False
+        self._tried = False
+        """Whether it opened because a call failed that was let through to see whether the node is well again."""
         self.state: str = CLOSED
         self.closed_permit: Permit | None = Permit(probe=False, issued_at=now)
         """The permit of the present closed period; None in any other state, and during the slow start."""
@@ -236,6 +243,10 @@ class BreakerCore:
         if self._seen_dead:
             return self._move(CLOSED, now, "the prober got an answer", slow_start=True)
         if self.state == OPEN:
+            # A node that is weak yet answers a probe at any time. If each answer let the next call through, all
+            # processes would try again at once, and it would never get well.
+            if self._tried and now < self.failing_since + self._wait * _PATIENCE:
+                return None
             return self._move(HALF_OPEN, now, "the prober gets answers; calls must show that they do too")
         return None
 
@@ -311,6 +322,7 @@ class BreakerCore:
         self, state: str, now: float, cause: str, *, slow_start: bool = False, by_hand: bool = False
     ) -> Transition:
         transition = Transition(self.state, state, cause)
+        self._tried = self.closed_permit is None and self.state != OPEN
         self.state = state
         self._probes.clear()
         self._allowance = self._policy.half_open_max_calls
