@@ -93,14 +93,6 @@ def lost() -> exc.OperationalError:
     return exc.OperationalError("SELECT 1", {}, ConnectionResetError("reset"), connection_invalidated=True)
 
 
-def test_a_connection_error_of_the_functions_own_is_not_the_databases(sqlite: sa.Engine) -> None:
-    """Another service is down, which says nothing about the transaction."""
-    events = listen(sqlite)
-    with pytest.raises(ConnectionResetError, match="another service"):
-        rdb.run_transaction(sqlite, insert, 1, fail=ConnectionResetError("another service"))
-    assert (stored(sqlite), retries(events)) == ([], [])
-
-
 def test_each_attempt_starts_afresh(sqlite: sa.Engine) -> None:
     events, sessions = listen(sqlite), []
 
