@@ -1,4 +1,4 @@
-"""``exactly_once=True``: whatever becomes of a COMMIT and its reply, the work is done once, and the caller is told."""
+"""``exactly_once=True``: whatever becomes of a COMMIT and its reply, the work is done once, the caller told."""
 
 from __future__ import annotations
 
