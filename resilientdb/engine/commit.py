@@ -38,18 +38,16 @@ class _Undisturbed:
         cancelled: asyncio.CancelledError | None = None
         try:
             while True:
-                # What the work waits for. It looks at the result itself.
+                # What the work waits for; it looks at the result itself.
                 awaited = self._work.send(None)
-                while awaited is None or not awaited.done():
+                while True:
                     try:
-                        yield from _watch(awaited)
+                        yield from _end_of(awaited)
                     except asyncio.CancelledError as error:
-                        if cancelled is None and not (awaited is not None and awaited.cancelled()):
+                        if cancelled is None:
                             cancelled = error
                             self._cut()
-                    except Exception:  # noqa: BLE001, S110 - the work's own, which raises it
-                        pass
-                    if awaited is None:
+                    if awaited is None or awaited.done():
                         break
         except StopIteration:
             if cancelled is not None:
@@ -60,10 +58,13 @@ class _Undisturbed:
             raise
 
 
-def _watch(awaited: Any) -> Generator[Any, Any, None]:
+def _end_of(awaited: Any) -> Generator[Any, Any, None]:
+    """Wait until a future is done, however, without being what cancels it."""
     if awaited is None:
         yield  # a bare turn of the loop
         return
     awaited._asyncio_future_blocking = False  # noqa: SLF001 - it is not this future that the task waits for
-    # A shield costs a future; a task of its own would cost several times that.
-    yield from asyncio.shield(awaited).__await__()
+    done = awaited.get_loop().create_future()
+    # As asyncio.shield, which costs several times that, and the more a task of its own.
+    awaited.add_done_callback(lambda _: None if done.done() else done.set_result(None))
+    yield from done.__await__()

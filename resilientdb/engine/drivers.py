@@ -11,6 +11,7 @@ libpq takes all three as parameters, asyncpg only the first, and the rest is set
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import math
@@ -354,13 +355,27 @@ class _Between:
         self._connection._top_xact = transaction  # noqa: SLF001
 
     async def execute(self, query: str) -> str | None:
+        if not self._addition:
+            return await self._commit(query)
         try:
-            self.answer = await self._connection.execute(query + self._addition)
-        except Exception as error:
-            if not self._addition:
-                raise
-            # BEGIN may well have been executed: the transaction is there, to be rolled back.
+            return await self._connection.execute(query + self._addition)  # type: ignore[no-any-return]
+        except Exception as error:  # noqa: BLE001 - raised as soon as the object has taken note of its BEGIN
+            # Which may well have been executed: the transaction is there, to be rolled back.
             self.failure = error
+            return None
+
+    async def _commit(self, query: str) -> str | None:
+        connection, timer, options = self._connection, None, {}
+        limit = getattr(getattr(connection, "_config", None), "command_timeout", None)
+        if limit:
+            # At the end of it asyncpg would cancel the COMMIT at the server.
+            timer = asyncio.get_running_loop().call_later(limit, connection.terminate)
+            options = {"timeout": _FOR_EVER}
+        try:
+            self.answer = await connection.execute(query, **options)
+        finally:
+            if timer is not None:
+                timer.cancel()
         return self.answer
 
 
@@ -386,6 +401,8 @@ _LIBPQ_STATUS: Final[dict[int, TransactionStatus]] = {0: "idle", 1: "undecided",
 """1 is ACTIVE: a command is running; 4, UNKNOWN, is a connection that is gone."""
 
 _LIBPQ_FAILED: Final = 3
+_FOR_EVER: Final = 1e6
+"""Seconds; asyncpg takes None for what is configured."""
 
 _POSTGRESQL_ROLE: Final = "SELECT pg_is_in_recovery()"
 

@@ -94,6 +94,8 @@ class _Hooks:
             return  # nothing was written, nothing can be lost
         record = record_of(connection)
         if not only_reads and self._is_failed(raw):
+            # What the server would do; SQLAlchemy will not ask for it after a COMMIT.
+            self._do_rollback(connection)
             raise _aborted(record)
         deadline = current_deadline()
         if deadline is not None:

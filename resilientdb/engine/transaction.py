@@ -79,9 +79,11 @@ def run_transaction(
     within the caller's ``deadline()`` or the configured default one.
 
     ``read_only=True``: a replica may serve it, and PostgreSQL refuses to write (READ ONLY; with SERIALIZABLE also
-    DEFERRABLE, on the primary). ``isolation_level``: of this transaction; None = as configured. ``exactly_once=True``:
-    when a COMMIT's reply is lost, find out what became of it, and run the function again only if it was not
-    committed. Needs the table that ``install(engine)`` creates; a ``TokenTable`` says which, if it is another.
+    DEFERRABLE, on the primary). ``isolation_level``: of this transaction; None = as configured.
+
+    ``exactly_once=True``: when a COMMIT's reply is lost, find out what became of it, and run the function again only
+    if it was not committed. Needs the table that ``install(engine)`` creates; a ``TokenTable`` says which, if it is
+    another.
 
     Returns what the function returned in the attempt that was committed. Raises the last real error, or
     ``CommitOutcomeUnknown`` when a COMMIT's reply was lost: with ``exactly_once``, only when what became of it could

@@ -1,4 +1,4 @@
-"""``exactly_once=True``: whatever becomes of a COMMIT and its reply, the work is done once, and the caller is told."""
+"""``exactly_once=True``: whatever becomes of a COMMIT and its reply, the work is done once, the caller told."""
 
 from __future__ import annotations
 
@@ -430,6 +430,23 @@ def test_a_cancelled_commit_is_left_to_the_server(make: Callable[..., Subject], 
     key = uuid.UUID(notes.split("UUID('")[1].split("'")[0])
     assert subject.resolve(key) == "committed"
     assert subject.count(230) == 1
+
+
+def test_asyncpgs_own_timeout_does_not_cancel_a_commit(make: Callable[..., Subject]) -> None:
+    subject = make("asyncpg", connect_args={"command_timeout": 0.3})
+    runs: list[int] = []
+
+    def nap(connection: sa.Connection) -> None:
+        runs.append(1)
+        connection.execute(INSERT, {"k": 240})
+        connection.execute(sa.text("INSERT INTO naps VALUES (1)"))
+
+    with pytest.raises(rdb.CommitOutcomeUnknown):
+        subject.transact(nap, exactly_once=False)
+    settle(subject.postgres)
+    assert subject.count(240) == 1, "the server was left to finish it"
+    subject.transact(nap)
+    assert (len(runs), subject.count(240)) == (2, 2)
 
 
 # -- asking later ---------------------------------------------------------------------------------------------------

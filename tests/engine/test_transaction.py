@@ -442,6 +442,14 @@ def test_a_commit_of_an_aborted_transaction_is_a_failure(
         with contextlib.suppress(exc.DBAPIError):
             connection.execute(sa.text("SELECT 1/0"))
 
+    def usable_afterwards(connection: sa.Connection) -> None:
+        swallow(connection)
+        with pytest.raises(rdb.TransactionAborted):
+            connection.commit()
+        connection.rollback()
+        assert connection.scalar(sa.text("SELECT 1")) == 1
+        connection.commit()
+
     def spare(connection: sa.Connection) -> None:
         connection.execute(sa.text("UPDATE acct SET n = 6 WHERE id = 1"))
         with contextlib.suppress(exc.DBAPIError), connection.begin_nested():
@@ -464,6 +472,8 @@ def test_a_commit_of_an_aborted_transaction_is_a_failure(
         with pytest.raises(rdb.TransactionAborted, match="22012") as caught:
             async with engine.begin() as connection:
                 await connection.run_sync(swallow)
+        async with engine.connect() as connection:
+            await connection.run_sync(usable_afterwards)
         assert not caught.value.retryable
         with pytest.raises(rdb.TransactionAborted):
             await rdb.run_transaction_async(engine, lambda connection: connection.run_sync(swallow))
@@ -480,6 +490,8 @@ def test_a_commit_of_an_aborted_transaction_is_a_failure(
         )
         with pytest.raises(rdb.TransactionAborted, match="22012") as caught, engine.begin() as connection:
             swallow(connection)
+        with engine.connect() as connection:
+            usable_afterwards(connection)
         assert not caught.value.retryable
         assert balance(accounts)[1] == 0
         with pytest.raises(rdb.TransactionAborted):
