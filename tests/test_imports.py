@@ -251,7 +251,9 @@ OPTIONAL = [
 
 def imported_by(statement: str) -> set[str]:
     # pybreaker imports redis where it finds it: that is not ours to say, and it is not to be found here.
-    program = f"import sys\nsys.modules['redis'] = None\n{statement}\nprint(*filter(sys.modules.get, sys.modules))"
+    program = (
+        f"import sys\nsys.modules['redis'] = None\n{statement}\nprint(*filter(sys.modules.get, sys.modules))"
+    )
     done = subprocess.run(
         [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n{program}"],
         capture_output=True,
