@@ -22,7 +22,10 @@ back, not the prober.
 A circuit that closes because the node answered begins with a **slow start**: ``half_open_max_calls`` at once, one
 more for each success, until ``slow_start_calls`` have succeeded. So the load doubles with each response time: a
 fast node has all of it back at once, a slow one is asked as much as it answers, and an idle circuit waits for its
-first callers. One failure meanwhile opens it again.
+first callers. A failure meanwhile halves what is let through, and puts off the end; and the circuit opens again as
+soon as the failures of the slow start reach ``failure_rate_threshold``, be they ever so few: so the first call's
+does. (If any failure opened it, a node that fails one call in ten, which is no reason to open, would hardly ever
+get through.)
 
 A **permit** says in which state a call was let through. An outcome is counted only while that state lasts, so
 a late result from before the trip neither closes nor opens anything (``failsafe-go`` counts such results as
@@ -55,6 +58,10 @@ _GROWTH: Final = 2.0
 
 _PATIENCE: Final = 0.25
 """Part of the open time after which the prober's answer counts again."""
+
+_SETBACK: Final = 3
+"""Answers by which a failure puts off the end of the slow start: it ends for a node that fails less than a call in
+four, and not for one that breaks under more than it is let have."""
 
 _SOON: Final = 0.05
 """Least seconds after which somebody whom the slow start sends away is told to come back: a few responses."""
@@ -209,12 +216,17 @@ class BreakerCore:
                 return None
             if self.state == HALF_OPEN:
                 return self._move(OPEN, now, f"a probe failed: {cause}")
-            if self.closed_permit is None:
-                return self._move(OPEN, now, f"a call failed during the slow start: {cause}")
             del self._probes[permit]
         self._window.failure(now)
         good, bad = self._window.totals(now)
-        if self._is_too_much(bad, good + bad, self._policy.failure_rate_threshold):
+        if self.closed_permit is None:
+            if bad >= self._policy.failure_rate_threshold * (good + bad):
+                return self._move(
+                    OPEN, now, f"{bad} of {good + bad} calls of the slow start failed, last: {cause}"
+                )
+            self._allowance = max(self._policy.half_open_max_calls, self._allowance // 2)
+            self._starting = min(self._starting + _SETBACK, self._policy.slow_start_calls)
+        elif self._is_too_much(bad, good + bad, self._policy.failure_rate_threshold):
             return self._move(OPEN, now, f"{bad} of {good + bad} calls failed, last: {cause}")
         return None
 

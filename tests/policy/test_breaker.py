@@ -184,8 +184,18 @@ class Circuit(RuleBasedStateMachine):
         permit, period = data.draw(st.sampled_from(self.permits))
         for _ in range(repeat):
             moved = self.core.record_failure(permit, self.now, "why")
-            if permit in self.awaited and (self.state == HALF_OPEN or self.missing):
+            if permit in self.awaited and self.state == HALF_OPEN:
                 self.expect(moved, OPEN)
+            elif permit in self.awaited and self.missing:
+                del self.awaited[permit]
+                self.outcomes.append((self.now, "bad"))
+                good, bad, _ = self.counted()
+                if bad / (good + bad) >= self.policy.failure_rate_threshold:
+                    self.expect(moved, OPEN)
+                else:
+                    self.expect(moved, None)
+                    self.at_once = max(self.policy.half_open_max_calls, self.at_once // 2)
+                    self.missing = min(self.missing + 3, self.policy.slow_start_calls)
             elif permit in self.awaited or (period == self.period and not permit.probe):
                 self.awaited.pop(permit, None)
                 self.outcomes.append((self.now, "bad"))
@@ -296,6 +306,7 @@ def first_try(core: BreakerCore, since: float) -> tuple[float, Permit]:
     now = since
     while (permit := core.try_acquire(now)[0]) is None:
         now += 0.001
+        assert now < since + 100, "nobody is ever let through"
     return now, permit
 
 
@@ -507,16 +518,28 @@ def test_an_idle_circuit_waits_for_its_first_callers() -> None:
     assert len(take_all(core, 10_000.0)) == 1
 
 
-def test_one_failure_opens_it_again_and_for_longer() -> None:
-    core = recovering(slow_start_calls=32, minimum_calls=1_000)
-    core.record_success(acquire(core, 1.0), 1.0)
-    one, other = take_all(core, 1.0)
+@pytest.mark.parametrize("good", [0, 1])
+def test_failures_open_it_again_and_for_longer_however_few(good: int) -> None:
+    core = recovering(slow_start_calls=32, minimum_calls=1_000, half_open_max_calls=3)
+    one, other, third = take_all(core, 1.0)
+    if good:
+        core.record_success(third, 1.0)
     moved = core.record_failure(one, 1.1, "reset")
     assert moved is not None
     assert (moved.old, moved.new) == (CLOSED, OPEN)
     assert core.retry_after(1.1) == 10.0
     assert core.record_success(other, 1.2) is None
     assert core.state == OPEN
+
+
+def test_a_failure_now_and_then_halves_what_is_let_through() -> None:
+    core = recovering(slow_start_calls=32)
+    for _ in range(9):
+        core.record_success(acquire(core, 1.0), 1.0)
+    assert core.slow_start == (10, 23)
+    for expected in ((5, 26), (2, 29), (1, 32), (1, 32)):
+        assert core.record_failure(acquire(core, 1.0), 1.0, "x") is None
+        assert core.slow_start == expected, "halved, and its end put off, but not beyond the beginning"
 
 
 def test_a_call_that_showed_nothing_is_no_answer() -> None:
