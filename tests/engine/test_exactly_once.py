@@ -107,6 +107,10 @@ class Subject:
 
 @pytest.fixture(scope="module")
 def postgres(resilientdb_postgres: Postgres) -> Iterator[Postgres]:
+    # A transaction that another module has forgotten would be taken for one of ours.
+    resilientdb_postgres.query(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' "
+    )
     resilientdb_postgres.query("CREATE TABLE entry (k int)")
     engine = rdb.create_engine(resilientdb_postgres.url("psycopg"))
     rdb.install(engine)
