@@ -107,9 +107,10 @@ class Subject:
 
 @pytest.fixture(scope="module")
 def postgres(resilientdb_postgres: Postgres) -> Iterator[Postgres]:
-    # A transaction that another module has forgotten would be taken for one of ours.
+    # What another module has left running at the server would be taken for one of our transactions.
     resilientdb_postgres.query(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' "
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE xact_start IS NOT NULL "
+        "AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
     )
     resilientdb_postgres.query("CREATE TABLE entry (k int)")
     engine = rdb.create_engine(resilientdb_postgres.url("psycopg"))
