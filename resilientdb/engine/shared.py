@@ -201,6 +201,13 @@ class SharedSlots(Slots):
         self._total += 1
         return self._bare()
 
+    def _settle_without_record(self, token: object) -> None:
+        self._tokens.discard(token)
+        self._settle(None)
+
+    def _lacks_record(self) -> bool:
+        return False  # whether a record owns a slot changes with each use: its token does not tell
+
     def mine(self, me: Any) -> list[Any]:
         """Of all the pools: a task that has a connection of its AsyncEngine and waits for one of the Engine's keeps
         the one it has, and the other way round. A thread that it has started may wait without it."""

@@ -127,6 +127,9 @@ class Slots:
 
     def _take_or_join(self, waiter: Waiter, lane: Lane, remaining: float | None) -> Any:
         record = self._take()
+        if record is None and self._lacks_record():
+            self._find_lost()
+            record = self._take()
         if record is not None:
             return record
         waiter.at = self
@@ -176,8 +179,21 @@ class Slots:
             self.section.run(self._settle_without_record, token)
 
     def _settle_without_record(self, token: object) -> None:
-        self._tokens.discard(token)
-        self._settle(None)
+        if token in self._tokens:  # it may have been missed and found already
+            self._tokens.discard(token)
+            self._settle(None)
+
+    def _lacks_record(self) -> bool:
+        """Whether there are more slots than records: an asynchronous exception that arrives in a finalizer is
+        swallowed there, and with it what the finalizer was about to say."""
+        return len(self._tokens) + len(self._shells) > len(self.records)
+
+    def _find_lost(self) -> None:
+        """Hand on the slots whose record exists no longer, though nobody has said so."""
+        records = [reference() for reference in list(self.records.values())]
+        alive = {record.token for record in records if record is not None}
+        for token in self._tokens - alive:
+            self._settle_without_record(token)
 
     def _give_back_late(self, record: Any) -> None:
         try:
