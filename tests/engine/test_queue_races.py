@@ -406,6 +406,7 @@ def test_forgotten_connections_come_back_while_everybody_works(
     make_pool: MakePool, database: FakeDatabase
 ) -> None:
     pool = make_pool(4, timeout=20.0)
+    pool.cluster.patient = True  # what a caller has forgotten, it is taken to hold until it is found
     before = gc.get_threshold()
     gc.set_threshold(5, 2, 2)
 
