@@ -40,6 +40,7 @@ from resilientdb.errors import (
     PoolTimeout,
     ResilienceError,
 )
+from resilientdb.policy.faults import Fault, classify
 from resilientdb.runtime.context import criticality, deadline, read_only, recording
 
 __version__ = "0.1.0.dev0"
@@ -81,5 +82,8 @@ __all__ = [
     "PoolDraining",
     "CommitOutcomeUnknown",
     "ConfigurationError",
+    # what any driver's error means
+    "classify",
+    "Fault",
     "__version__",
 ]

@@ -56,6 +56,7 @@ LOCKS_AND_SLEEPS = {"threading", "time", "asyncio", "queue", "select", "concurre
 MAY_LOCK_OR_SLEEP = {
     "engine/pool.py": "its tasks wait in SQLAlchemy's greenlets; knows who asks by thread and task",
     "engine/compat.py": "asyncio's question for the running loop that does not raise",
+    "engine/drivers_mysql.py": "bounds a login that the driver does not",
     "engine/holders.py": "names threads and tasks",
     "engine/shared.py": "its lock guards the list of limiters",
     "engine/upkeep.py": "has threads, or tasks of the pool's loop, do what takes time",
@@ -222,6 +223,8 @@ OPTIONAL = [
     "asyncpg",
     "aiosqlite",
     "pymysql",
+    "aiomysql",
+    "asyncmy",
     "starlette",
     "fastapi",
     "flask",

@@ -54,6 +54,8 @@ NAMES = [
     "PoolDraining",
     "CommitOutcomeUnknown",
     "ConfigurationError",
+    "classify",
+    "Fault",
     "__version__",
 ]
 
@@ -73,6 +75,7 @@ SIGNATURES = {
     "run_transaction": "(target, function, /, *args, read_only=False, **kwargs)",
     "run_transaction_async": "(target, function, /, *args, read_only=False, **kwargs)",
     "control": "(engine)",
+    "classify": "(error, phase=<Phase.STATEMENT: 'statement'>)",
     "Control.snapshot": "(self)",
     "Control.get_stats": "(self)",
     "Control.pop_stats": "(self)",
@@ -221,6 +224,9 @@ if TYPE_CHECKING:
     async def transactions(engine: sa.Engine, async_engine: AsyncEngine) -> None:
         assert_type(rdb.run_transaction(engine, count, "t", minimum=1, read_only=True), int)
         assert_type(await rdb.run_transaction_async(async_engine, count_async, "t"), int)
+
+    def words(error: Exception) -> None:
+        assert_type(rdb.classify(error), rdb.Fault)
 
     def profiles() -> None:
         assert_type(rdb.Resilience.profile("web"), rdb.Resilience)

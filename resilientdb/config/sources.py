@@ -27,7 +27,7 @@ __all__ = ["ENV_PREFIX", "RESERVED_VARIABLES", "URL_PREFIX", "Layer", "read_env"
 ENV_PREFIX: Final = "RESILIENTDB_"
 URL_PREFIX: Final = "resilientdb_"
 
-RESERVED_VARIABLES: Final = frozenset({"PG_BIN", "CACHE"})
+RESERVED_VARIABLES: Final = frozenset({"PG_BIN", "MARIADB_BIN", "CACHE"})
 """Variables with our prefix that belong to other rooms of the library (the test services): no options."""
 
 # Kubernetes describes a Service called "resilientdb" to every pod in these variables.

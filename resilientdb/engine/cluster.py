@@ -65,8 +65,8 @@ class Cluster:
         """Whether callers wait as long as they said (an explicit ``pool_timeout``), overload or not."""
         self.draining_since: float | None = None
         """When it was told to take no new work; for good."""
-        self.has_server = self.driver.role_query is not None
-        """Whether there is a server to be probed and sessions to be lost: not for a database in this process."""
+        self.has_server = self.driver.has_server
+        """Whether there are sessions to be lost: not for a database in this process."""
         self.nodes = [
             Node(self, name=name, role=role, connector=connector) for name, role, connector in nodes
         ]

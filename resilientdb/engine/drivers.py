@@ -1,8 +1,7 @@
 """What the library knows of each DBAPI driver, so that nothing else has to ask which one it is talking to.
 
-One ``Driver`` a kind of driver: how to bound a connect, how to make the kernel notice a peer that has
-vanished, where the socket is, how to ask a server for its role. ``driver_of(dialect)`` finds it; a driver
-nobody has described gets the neutral one, which adds nothing and knows nothing.
+``driver_of(dialect)`` finds a driver's description; one that nobody has described gets the neutral one, which adds
+nothing and knows nothing. PostgreSQL's and SQLite's are here, MySQL's and MariaDB's in ``drivers_mysql``.
 
 Silence is the hard fault. Three settings answer three kinds of it, and none replaces another: the connect
 timeout while connecting; TCP_USER_TIMEOUT while sent data is unacknowledged, when keepalives do not run; and
@@ -12,102 +11,33 @@ libpq takes all three as parameters, asyncpg only the first, and the rest is set
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import math
 import os
 import re
-import socket
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from resilientdb.engine.driver import (
+    KEEPALIVE_COUNT,
+    Driver,
+    TransactionStatus,
+    keepalive_seconds,
+    own_connection,
+    set_socket_options,
+    valid_fd,
+)
+from resilientdb.engine.drivers_mysql import MYSQL_DRIVERS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from sqlalchemy.engine.interfaces import Dialect
 
     from resilientdb.config import Lifecycle
 
 __all__ = ["Driver", "TransactionStatus", "driver_of"]
-
-TransactionStatus = Literal["idle", "open", "failed", "undecided"]
-"""``failed``: the server will answer ROLLBACK to a COMMIT. ``undecided``: in a transaction, and the driver
-does not say whether it has failed."""
-
-_KEEPALIVE_COUNT: Final = 3
-"""Unanswered keepalives before the connection is given up: one may be lost, two in a row hardly."""
-
-
-@dataclass(frozen=True, slots=True)
-class Driver:
-    """A driver of which nothing is known, and the promise that every described one keeps.
-
-    No method raises for a broken or closed connection, and none waits.
-    """
-
-    name: str
-    role_query: str | None = None
-    """A statement whose one row says whether the server is a primary; None where there is no such thing."""
-
-    def socket_defaults(self, lifecycle: Lifecycle, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Connect parameters to add to ``given``: all that the URL and ``connect_args`` already hold.
-
-        Never contains what is given there, or in the environment where the driver reads it from there.
-        """
-        _ = lifecycle, given
-        return {}
-
-    def connect_timeout_param(self, seconds: float) -> dict[str, Any]:
-        """Connect parameters that bound one attempt to about ``seconds``, replacing any given before."""
-        _ = seconds
-        return {}
-
-    def after_connect(self, dbapi_connection: object, lifecycle: Lifecycle) -> None:
-        """Set on a fresh connection's socket what could not be said in its connect parameters."""
-
-    def socket_fd(self, dbapi_connection: object) -> int | None:
-        """The descriptor of the connection's socket; None if it has none, or no longer.
-
-        The number is only good until the driver closes it: whoever keeps it keeps a dup.
-        """
-        _ = dbapi_connection
-        return None
-
-    def transaction_status(self, dbapi_connection: object) -> TransactionStatus | None:
-        """Where the connection stands, from what the driver already knows; None if it does not say."""
-        _ = dbapi_connection
-        return None
-
-    def is_idle(self, dbapi_connection: object) -> bool:
-        """Whether neither the server nor the driver is in a transaction, as far as the driver knows: there is nothing
-        to commit or to roll back. False if it does not say."""
-        _ = dbapi_connection
-        return False
-
-    def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
-        """Whether BEGIN could be left out before a read: no transaction is open, the next would be a plain one in
-        READ COMMITTED, and leaving it out costs no round trip.
-
-        ``default_isolation``: the level of a transaction that names none; None if unknown.
-        """
-        _ = dbapi_connection, default_isolation
-        return False
-
-    def withhold_begin(self, dbapi_connection: object) -> None:
-        """Send what comes next without BEGIN in front of it, until ``allow_begin``."""
-
-    def allow_begin(self, dbapi_connection: object) -> None:
-        """End what ``withhold_begin`` began, or was about to begin."""
-
-    def is_stale_plan(self, error: BaseException) -> bool:
-        """Whether a statement failed because of what the driver has prepared on the connection, not for itself."""
-        _ = error
-        return False
-
-    def read_role(self, row: Sequence[Any]) -> Literal["primary", "replica"]:
-        """What the row of ``role_query`` says: its first column is whether the server is in recovery."""
-        return "replica" if row[0] else "primary"
 
 
 class _Libpq(Driver):
@@ -120,12 +50,12 @@ class _Libpq(Driver):
         if lifecycle.connect_timeout is not None and "PGCONNECT_TIMEOUT" not in os.environ:
             added |= self.connect_timeout_param(lifecycle.connect_timeout)
         if lifecycle.keepalive_idle is not None and str(given.get("keepalives", "1")) != "0":
-            idle, interval = _keepalive_seconds(lifecycle.keepalive_idle)
+            idle, interval = keepalive_seconds(lifecycle.keepalive_idle)
             added |= {
                 "keepalives": 1,
                 "keepalives_idle": idle,
                 "keepalives_interval": interval,
-                "keepalives_count": _KEEPALIVE_COUNT,
+                "keepalives_count": KEEPALIVE_COUNT,
             }
         if lifecycle.tcp_user_timeout is not None and _libpq_version(self.name) >= 120_000:
             added["tcp_user_timeout"] = math.ceil(lifecycle.tcp_user_timeout * 1000)
@@ -142,7 +72,7 @@ class _Libpq(Driver):
         return {"connect_timeout": max(2, math.ceil(seconds))}
 
     def transaction_status(self, dbapi_connection: object) -> TransactionStatus | None:
-        connection: Any = _driver_connection(dbapi_connection)
+        connection: Any = own_connection(dbapi_connection)
         try:
             # Both drivers have .info; the numbers are libpq's PGTransactionStatusType.
             return _LIBPQ_STATUS.get(int(connection.info.transaction_status))
@@ -185,6 +115,10 @@ class _Psycopg(_Libpq):
         connection: Any = dbapi_connection
         connection._autocommit = False  # noqa: SLF001
 
+    def has_declared_read_only(self, dbapi_connection: object) -> bool:
+        connection: Any = dbapi_connection
+        return _declared_read_only(lambda name: connection.info.parameter_status(name))  # noqa: PLW0108
+
     def is_stale_plan(self, error: BaseException) -> bool:
         # It prepares what it has sent five times, and forgets that with a ROLLBACK only. Meanwhile a table may have
         # been altered ("cached plan must not change result type"), the session been reset, or another session been
@@ -192,9 +126,9 @@ class _Psycopg(_Libpq):
         return getattr(error, "sqlstate", None) in {"0A000", "26000", "42P05"}
 
     def socket_fd(self, dbapi_connection: object) -> int | None:
-        connection: Any = _driver_connection(dbapi_connection)
+        connection: Any = own_connection(dbapi_connection)
         try:
-            return _valid(connection.pgconn.socket)
+            return valid_fd(connection.pgconn.socket)
         except Exception:  # noqa: BLE001
             return None
 
@@ -204,17 +138,20 @@ class _PsycopgAsync(_Psycopg):
 
     __slots__ = ()
 
+    def has_declared_read_only(self, dbapi_connection: object) -> bool:
+        return super().has_declared_read_only(own_connection(dbapi_connection))
+
     def is_idle(self, dbapi_connection: object) -> bool:
-        return super().is_idle(_driver_connection(dbapi_connection))
+        return super().is_idle(own_connection(dbapi_connection))
 
     def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
-        return super().may_withhold_begin(_driver_connection(dbapi_connection), default_isolation)
+        return super().may_withhold_begin(own_connection(dbapi_connection), default_isolation)
 
     def withhold_begin(self, dbapi_connection: object) -> None:
-        super().withhold_begin(_driver_connection(dbapi_connection))
+        super().withhold_begin(own_connection(dbapi_connection))
 
     def allow_begin(self, dbapi_connection: object) -> None:
-        super().allow_begin(_driver_connection(dbapi_connection))
+        super().allow_begin(own_connection(dbapi_connection))
 
 
 class _Psycopg2(_Libpq):
@@ -227,6 +164,10 @@ class _Psycopg2(_Libpq):
             return bool(connection.status == 1 and connection.get_transaction_status() == 0)
         except Exception:  # noqa: BLE001
             return False
+
+    def has_declared_read_only(self, dbapi_connection: object) -> bool:
+        connection: Any = dbapi_connection
+        return _declared_read_only(lambda name: connection.get_parameter_status(name))  # noqa: PLW0108
 
     def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
         connection: Any = dbapi_connection
@@ -250,9 +191,9 @@ class _Psycopg2(_Libpq):
             connection.autocommit = False
 
     def socket_fd(self, dbapi_connection: object) -> int | None:
-        connection: Any = _driver_connection(dbapi_connection)
+        connection: Any = own_connection(dbapi_connection)
         try:
-            return _valid(connection.fileno())
+            return valid_fd(connection.fileno())
         except Exception:  # noqa: BLE001
             return None
 
@@ -272,20 +213,13 @@ class _Asyncpg(Driver):
         return {"timeout": seconds}
 
     def after_connect(self, dbapi_connection: object, lifecycle: Lifecycle) -> None:
-        fd = self.socket_fd(dbapi_connection)
-        if fd is None:
-            return
-        # Options belong to the socket, not the descriptor: a dup reaches them without touching an object that
-        # the event loop owns (uvloop's stand-in for a socket has no setsockopt).
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
-            if duplicate.family in {socket.AF_INET, socket.AF_INET6}:
-                _set_tcp_options(duplicate, lifecycle)
+        set_socket_options(self.socket_fd(dbapi_connection), lifecycle)
 
     def socket_fd(self, dbapi_connection: object) -> int | None:
-        connection: Any = _driver_connection(dbapi_connection)
+        connection: Any = own_connection(dbapi_connection)
         try:
             # Private, but its only way: there since the first releases, and checked by the tests.
-            return _valid(connection._transport.get_extra_info("socket").fileno())  # noqa: SLF001
+            return valid_fd(connection._transport.get_extra_info("socket").fileno())  # noqa: SLF001
         except Exception:  # noqa: BLE001
             return None
 
@@ -295,6 +229,10 @@ class _Asyncpg(Driver):
             return adapter._transaction is None and not adapter.driver_connection.is_in_transaction()  # noqa: SLF001
         except Exception:  # noqa: BLE001
             return False
+
+    def has_declared_read_only(self, dbapi_connection: object) -> bool:
+        connection: Any = own_connection(dbapi_connection)
+        return _declared_read_only(lambda name: getattr(connection.get_settings(), name))
 
     def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
         adapter: Any = dbapi_connection
@@ -319,7 +257,7 @@ class _Asyncpg(Driver):
         adapter.autocommit = False
 
     def transaction_status(self, dbapi_connection: object) -> TransactionStatus | None:
-        connection: Any = _driver_connection(dbapi_connection)
+        connection: Any = own_connection(dbapi_connection)
         try:
             # It knows of the failed state, but does not tell it from an open transaction.
             return "undecided" if connection.is_in_transaction() else "idle"
@@ -333,7 +271,7 @@ class _Sqlite(Driver):
     __slots__ = ()
 
     def transaction_status(self, dbapi_connection: object) -> TransactionStatus | None:
-        connection: Any = _driver_connection(dbapi_connection)
+        connection: Any = own_connection(dbapi_connection)
         try:
             # An error that SQLite answers by rolling back leaves no transaction, rather than a failed one.
             return "open" if connection.in_transaction else "idle"
@@ -355,10 +293,15 @@ _DRIVERS: Final[dict[tuple[str, str, bool], Driver]] = {
     ("postgresql", "psycopg", True): _PsycopgAsync("psycopg_async", _POSTGRESQL_ROLE),
     ("postgresql", "psycopg2", False): _Psycopg2("psycopg2", _POSTGRESQL_ROLE),
     ("postgresql", "asyncpg", True): _Asyncpg("asyncpg", _POSTGRESQL_ROLE),
-    ("sqlite", "pysqlite", False): _Sqlite("pysqlite"),
-    ("sqlite", "aiosqlite", True): _Sqlite("aiosqlite"),
+    ("sqlite", "pysqlite", False): _Sqlite("pysqlite", has_server=False),
+    ("sqlite", "aiosqlite", True): _Sqlite("aiosqlite", has_server=False),
+    **MYSQL_DRIVERS,
 }
 """By dialect name, driver name and whether it is asynchronous."""
+
+
+_IN_PROCESS: Final = frozenset({"", "sqlite", "duckdb"})
+"""Databases in this process, which may end with their last connection; and the stand-in, which cannot be asked."""
 
 
 def driver_of(dialect: Dialect) -> Driver:
@@ -374,43 +317,16 @@ def driver_of(dialect: Dialect) -> Driver:
     for (_, name, is_async), driver in _DRIVERS.items():
         if (name, is_async) == key[1:]:
             return replace(driver, role_query=None)
-    return Driver(key[1])
+    return Driver(key[1], has_server=key[0] not in _IN_PROCESS)
 
 
-def _driver_connection(connection: object) -> object:
-    """The driver's own connection behind SQLAlchemy's async adapter or pool proxy, or the argument itself."""
+def _declared_read_only(setting: Callable[[str], str | None]) -> bool:
+    """Whether a READ ONLY transaction can only be the application's wish: PostgreSQL 14 and newer tell every client,
+    and again when it changes, that they are no standby and that transactions are READ WRITE unless one says more."""
     try:
-        return getattr(connection, "driver_connection", None) or connection
-    except Exception:  # noqa: BLE001 - a proxy that has been invalidated
-        return connection
-
-
-def _valid(fd: object) -> int | None:
-    return fd if isinstance(fd, int) and fd >= 0 else None
-
-
-def _keepalive_seconds(idle: float) -> tuple[int, int]:
-    """Idle time and interval, in whole seconds as the kernel takes them: a vanished peer is given up after
-    about twice the idle time."""
-    return max(1, math.ceil(idle)), max(1, math.ceil(idle / _KEEPALIVE_COUNT))
-
-
-def _set_tcp_options(connected: socket.socket, lifecycle: Lifecycle) -> None:
-    if lifecycle.keepalive_idle is not None:
-        idle, interval = _keepalive_seconds(lifecycle.keepalive_idle)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # macOS calls the idle time TCP_KEEPALIVE; a system that has none of these keeps its own.
-        idle_option = "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE"
-        for option, value in (
-            (idle_option, idle),
-            ("TCP_KEEPINTVL", interval),
-            ("TCP_KEEPCNT", _KEEPALIVE_COUNT),
-        ):
-            if hasattr(socket, option):
-                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    if lifecycle.tcp_user_timeout is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
-        milliseconds = math.ceil(lifecycle.tcp_user_timeout * 1000)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        return all(setting(name) == "off" for name in ("in_hot_standby", "default_transaction_read_only"))
+    except Exception:  # noqa: BLE001 - an older server, or a connection that is gone
+        return False
 
 
 @functools.cache

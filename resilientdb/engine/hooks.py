@@ -15,7 +15,7 @@ from resilientdb.engine import reading
 from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.engine.drivers import Driver
 from resilientdb.errors import CommitOutcomeUnknown, DeadlineExceeded, ResilienceError
-from resilientdb.policy.faults import Fault, Phase, classify, describe, evidence
+from resilientdb.policy.faults import Fault, Phase, blame_the_application, classify, describe, evidence
 from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.context import Deadline, current_deadline, is_read_only
 from resilientdb.runtime.watchdog import Watch, watchdog
@@ -126,9 +126,11 @@ class _Hooks:
             # Ours was the hand that broke this connection; the others are not to blame.
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
+        if classify(error) is Fault.WRONG_ROLE and self._has_declared_read_only(context, record):
+            blame_the_application(error)
         self._settle(record, error, phase, cut=cut)
         fault = classify(error, phase)
-        if fault.evicts_connection and not context.is_disconnect and self._is_unfit(fault, context):
+        if fault.evicts_connection and not context.is_disconnect and self._cluster.has_server:
             # SQLAlchemy would keep it, and pre_ping would call it healthy for ever: it is, but it leads to the
             # wrong node, or its session is beyond repair.
             context.is_disconnect = True
@@ -168,14 +170,16 @@ class _Hooks:
         else:
             node.breaker.release(permit)
 
-    def _is_unfit(self, fault: Fault, context: ExceptionContext) -> bool:
-        if not self._cluster.has_server:
-            return False
+    def _has_declared_read_only(self, context: ExceptionContext, record: Any) -> bool:
+        """Whether a write was refused because the application itself asked for a READ ONLY transaction."""
         connection = context.connection
-        # A read-only transaction that the application asked for is the application's business.
-        return fault is not Fault.WRONG_ROLE or not (
-            connection is not None and connection.get_execution_options().get("postgresql_readonly")
-        )
+        options = connection.get_execution_options() if connection is not None else {}
+        if options.get("postgresql_readonly"):
+            return True
+        # A pooler may have told the driver of the server that it had before.
+        node = getattr(record, "node", None)
+        is_replica = node is not None and node.role == "replica"
+        return not is_replica and self._cluster.driver.has_declared_read_only(record.dbapi_connection)
 
 
 def _cannot_have_written(record: Any) -> bool:

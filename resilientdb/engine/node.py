@@ -43,7 +43,8 @@ class Node:
         policy = cluster.resilience.breaker
         # An asynchronous creator of the user's own may belong to the application's loop; the prober has another.
         foreign = connector is None and cluster.dialect.is_async
-        probed = policy.enabled and policy.probe_interval is not None and cluster.has_server and not foreign
+        askable = cluster.driver.role_query is not None and not foreign
+        probed = policy.enabled and policy.probe_interval is not None and askable
         self.breaker = CircuitBreaker(policy, name=name, probed=probed, on_move=self._on_move)
         self._prober: Prober | None = None
         if probed and policy.probe_interval is not None:

@@ -101,16 +101,18 @@ class NodeProbe:
         return now < self._used_until or not node.available
 
     def _ask(self, node: Node) -> Any:
-        if self._connection is None:
-            self._connection = opened = node.open_raw(self._timeout)
-            # One statement, one round trip, and no transaction left behind.
-            with contextlib.suppress(NotImplementedError):
-                node.cluster.dialect.set_isolation_level(opened, "AUTOCOMMIT")
+        fresh = self._connection is None
+        if fresh:
+            self._connection = node.open_raw(self._timeout)
         fd = self._driver.socket_fd(self._connection)
         watch = Watch(fd) if fd is not None else None
         if watch is not None:
             watchdog.appoint(watch, monotonic() + self._timeout)
         try:
+            if fresh:
+                # One statement, one round trip, and no transaction left behind.
+                with contextlib.suppress(NotImplementedError):
+                    node.cluster.dialect.set_isolation_level(self._connection, "AUTOCOMMIT")
             cursor = self._connection.cursor()
             try:
                 cursor.execute(self._driver.role_query)

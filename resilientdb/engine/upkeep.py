@@ -42,9 +42,6 @@ slots are taken, the event loop is closed, or there are no threads to be had."""
 _LAST_MOMENT = 1.0
 """Most seconds that the disposal of an asynchronous engine waits for what is being done in the background."""
 
-_IN_PROCESS = frozenset({"sqlite", "duckdb"})
-"""Databases in this process: they have no sessions to be lost, and may end with their last connection."""
-
 
 class PoolUpkeep:
     """One pool's. ``tend`` is called by the keeper alone; everything else by whoever uses the pool."""
@@ -53,9 +50,7 @@ class PoolUpkeep:
         self._pool = pool
         self._slots = slots
         self._life = life
-        # A pool made without an engine has a stand-in for a dialect, which has no name and cannot ping.
-        name = getattr(pool.cluster.dialect, "name", "")
-        self._upkeep = Upkeep(life, random.Random().random) if name and name not in _IN_PROCESS else None
+        self._upkeep = Upkeep(life, random.Random().random) if pool.cluster.has_server else None
         self.may_open = True
         """False while somebody else opens what is missing."""
         self._is_watching_line = False

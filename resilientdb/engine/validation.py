@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["validate"]
 
 OLDEST_POSTGRESQL: Final = 13
+OLDEST_MARIADB: Final = (10, 6)
+OLDEST_MYSQL: Final = (8, 0)
 
 _REMEDIES = {
     Fault.CANNOT_CONNECT: "is the server running, and are host and port right?",
@@ -37,6 +40,9 @@ _ROOM: Final = (
 )
 """``true``: NULL for what this server has no word for; ``reserved_connections`` came with PostgreSQL 16."""
 
+_MYSQL: Final = "SELECT version(), connection_id(), @@global.max_connections, @@session.max_user_connections"
+"""The last is the account's own limit, or else the one for all accounts; 0 is none."""
+
 
 class _Problem(NamedTuple):
     """What is wrong: the option that says so, the sentence, the error behind it."""
@@ -48,10 +54,10 @@ class _Problem(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """How many connections a server takes, and how many of them it keeps for administrators."""
+    """How many connections a server has for us, and which setting says so."""
 
-    most: int
-    reserved: int
+    free: int
+    setting: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +65,8 @@ class _Server:
     """What a server says of itself; None where it does not."""
 
     role: Role | None = None
-    version: int | None = None
-    """As in 160002."""
+    too_old: str | None = None
+    """What it is, and what is needed; None if it is new enough."""
     room: _Room | None = None
 
 
@@ -89,9 +95,8 @@ def validate(cluster: Cluster, timeout: float, processes: int | None) -> None:
         if server.role is not None and server.role != expected and len(cluster.nodes) > 1:
             text = f"{node.name} is a {server.role}, not a {expected}; exchange the URLs"
             problems.append(_Problem(key, text))
-        if server.version is not None and server.version < OLDEST_POSTGRESQL * 10_000:
-            text = f"{node.name} is PostgreSQL {_release(server.version)}; {OLDEST_POSTGRESQL} or newer is needed"
-            problems.append(_Problem(key, text))
+        if server.too_old is not None:
+            problems.append(_Problem(key, f"{node.name} is {server.too_old} or newer is needed"))
         elif server.room is not None and processes is not None:
             problems += _shortage(node, server.room, processes)
     if problems:
@@ -108,11 +113,8 @@ def _shortage(node: Node, room: _Room, processes: int) -> list[_Problem]:
     stats = None if node.pool is None else node.pool.stats()
     if not isinstance(pool, QueuePool) or stats is None:
         return []  # a pool class of the user's own: nobody can say what it may open
-    free, size = room.most - room.reserved, pool.size()
-    has = (
-        f"{node.name} has room for {free} connections (max_connections {room.most}, "
-        f"{room.reserved} of them reserved)"
-    )
+    free, size = room.free, pool.size()
+    has = f"{node.name} has room for {free} connections ({room.setting})"
     use = f"{processes} {'process' if processes == 1 else 'processes'} x"
     if stats.limit is None:
         key, unlimited = ("max_overflow", "max_overflow=-1") if size else ("pool_size", "pool_size=0")
@@ -147,7 +149,8 @@ def _ask(cluster: Cluster, node: Node, timeout: float) -> _Server:
                 dialect.do_ping(connection)
                 return _Server()
             role = cluster.driver.read_role(_row(connection, cluster.driver.role_query))
-            return _of_postgresql(connection, role)
+            is_mysql = dialect.name in {"mysql", "mariadb"}
+            return _of_mysql(connection, role) if is_mysql else _of_postgresql(connection, role)
         finally:
             with contextlib.suppress(Exception):
                 dialect.do_rollback(connection)
@@ -179,19 +182,43 @@ def _ask(cluster: Cluster, node: Node, timeout: float) -> _Server:
 
 def _of_postgresql(connection: Any, role: Role) -> _Server:
     """Something that only speaks PostgreSQL's language may not answer all of this; that is no fault of its."""
-    version = room = None
+    too_old = room = None
     try:
         version = int(_row(connection, _VERSION)[0])
-        if version >= OLDEST_POSTGRESQL * 10_000:
+        if version < OLDEST_POSTGRESQL * 10_000:
+            too_old = f"PostgreSQL {_release(version)}; {OLDEST_POSTGRESQL}"
+        else:
             own_pid, most, *reserved = _row(connection, _ROOM)
             # A pooler (PgBouncer and its like) invents the number that a client is told at its login, and has
             # connections to share: how many clients it takes, the server behind it cannot say.
             if most is not None and own_pid == _told_pid(connection):
-                room = _Room(int(most), sum(int(one) for one in reserved if one is not None))
+                kept = sum(int(one) for one in reserved if one is not None)
+                room = _Room(int(most) - kept, f"max_connections {most}, {kept} of them reserved")
     except Exception as error:
         if classify(error, Phase.STATEMENT).evicts_connection:
             raise  # no answer at all
-    return _Server(role, version, room)
+    return _Server(role, too_old, room)
+
+
+def _of_mysql(connection: Any, role: Role) -> _Server:
+    """As for PostgreSQL; a proxy (ProxySQL, MaxScale) tells its own number of the connection, too."""
+    too_old = room = None
+    try:
+        version, own_id, most, most_of_account = _row(connection, _MYSQL)
+        product, oldest = (
+            ("MariaDB", OLDEST_MARIADB) if "mariadb" in version.lower() else ("MySQL", OLDEST_MYSQL)
+        )
+        release = re.match(r"(\d+)\.(\d+)[.\d]*", version)
+        if release is not None and tuple(map(int, release.groups())) < oldest:
+            too_old = f"{product} {release[0]}; {oldest[0]}.{oldest[1]}"
+        elif own_id == getattr(connection, "driver_connection", connection).thread_id():
+            room = _Room(most, f"max_connections {most}")
+            if 0 < most_of_account < most:
+                room = _Room(most_of_account, f"max_user_connections {most_of_account}")
+    except Exception as error:
+        if classify(error, Phase.STATEMENT).evicts_connection:
+            raise
+    return _Server(role, too_old, room)
 
 
 def _row(connection: Any, query: str) -> tuple[Any, ...]:

@@ -134,14 +134,22 @@ cancelled COMMIT may be a pooler's or a distributed database's word, so that one
 
 MYSQL_ERRNOS: Final = {
     **dict.fromkeys((2006, 2013, 2014, 2045, 2048, 2055, 1053, 1158, 1159, 1160, 1161, 1927, 4031), LOST),
-    **dict.fromkeys((2001, 2002, 2003, 2004, 2005, 2012, 2026), UNREACHABLE),
+    # 3032: in offline mode it serves administrators only.
+    **dict.fromkeys((2001, 2002, 2003, 2004, 2005, 2012, 2026, 3032), UNREACHABLE),
+    # 1792: a READ ONLY transaction, the application's own or, on a reader of Amazon Aurora, every one.
     **dict.fromkeys((1792, 1836, 1047), WRONG_ROLE),  # 1047: a Galera node that is not in the cluster
-    **dict.fromkeys((1213, 3101, 1020), RETRY),
+    # 1412, 1615: a table was altered meanwhile.
+    **dict.fromkeys((1213, 1412, 1614, 1615, 3101, 1020), RETRY),
     1180: IN_DOUBT,  # error during COMMIT
-    **dict.fromkeys((1021, 1037, 1038, 1040, 1041, 1129, 1135, 1203, 1226, 9001, 9002, 9005), OVERLOAD),
+    **dict.fromkeys((1021, 1037, 1038, 1040, 1041, 1114, 1129, 1135, 1203, 1206, 1226, 1637), OVERLOAD),
+    **dict.fromkeys((9001, 9002, 9005), OVERLOAD),  # ProxySQL
     # 1205 rolls back the statement only, the transaction stays open: like PostgreSQL's 55P03, not a deadlock.
-    **dict.fromkeys((1205, 1317, 1969, 3024), TIMEOUT),
-    **dict.fromkeys((1044, 1045, 1049, 1130, 1251, 1698, 2049, 2059, 2061, 3159), CONFIGURATION),
+    **dict.fromkeys((1205, 1317, 1613, 1689, 1969, 3024, 3572), TIMEOUT),
+    **dict.fromkeys(
+        (1044, 1045, 1049, 1130, 1251, 1524, 1698, 1820, 1862, 2019, 2049, 2059, 2061), CONFIGURATION
+    ),
+    **dict.fromkeys((3118, 3159, 4151), CONFIGURATION),
+    **dict.fromkeys((*range(2030, 2037), 2068), APPLICATION),  # the client library, misused
 }
 MYSQL_READ_ONLY_OPTION: Final = 1290
 """«Running with the --x option»: only where x is read-only does it tell of a role."""
@@ -234,7 +242,7 @@ TEXTS: Final[tuple[tuple[str, Fault], ...]] = tuple(
             |connection not open|broken pipe|ssl syscall error|consuming input failed|could not receive data
             |could not send data|terminating connection|lost synchronization|no connection to the server
             |server conn crashed|client_idle_timeout|idle transaction timeout|eof detected|lost connection
-            |not connected""",
+            |not connected|network operation failed|packet sequence number wrong""",
         ),
         (
             RETRY,

@@ -16,6 +16,7 @@ is imported here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -48,7 +49,7 @@ from resilientdb.policy.fault_tables import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Fault", "Phase", "classify", "describe", "evidence", "sqlstate_of"]
+__all__ = ["Fault", "Phase", "blame_the_application", "classify", "describe", "evidence", "sqlstate_of"]
 
 _POSTGRESQL: Final = frozenset({"psycopg", "psycopg2", "asyncpg"})
 _MYSQL: Final = frozenset({"pymysql", "aiomysql", "asyncmy", "MySQLdb", "mysql", "mariadb"})
@@ -104,12 +105,13 @@ def classify(error: BaseException, phase: Phase = Phase.STATEMENT) -> Fault:
     it has never heard of is ``APPLICATION``; while connecting ``CONFIGURATION``; at COMMIT ``IN_DOUBT``,
     because only the server's word, or proof that nothing was sent, settles a COMMIT. A few microseconds.
 
-    ``WRONG_ROLE`` from a transaction that the application itself declared READ ONLY is an application error;
-    only the caller can know.
+    A write refused in a transaction that the application itself declared READ ONLY looks like one that a standby
+    refused, ``WRONG_ROLE``. Where the two can be told apart, on an engine of this library, the answer is
+    ``APPLICATION``.
     """
     guess: _Verdict | None = None
     for link in _links(error):
-        verdict = _judge(link)
+        verdict = _Verdict(APPLICATION) if _attribute(link, _BLAMED) is True else _judge(link)
         if verdict is None:
             continue
         if verdict.firm:
@@ -120,6 +122,15 @@ def classify(error: BaseException, phase: Phase = Phase.STATEMENT) -> Fault:
     # SQLAlchemy's own errors (a session in the wrong state) come before anything is sent.
     unsent = _kind_of(error).family == "wrapper"
     return _shift(guess or _Verdict(APPLICATION, at_commit=None if unsent else IN_DOUBT), phase)
+
+
+_BLAMED: Final = "_resilientdb_application"
+
+
+def blame_the_application(error: BaseException) -> None:
+    """Have ``error`` be ``APPLICATION`` from now on: only who knows the connection could know that."""
+    with contextlib.suppress(Exception):  # a class whose objects cannot be marked
+        setattr(error, _BLAMED, True)
 
 
 def evidence(error: BaseException, phase: Phase = Phase.STATEMENT) -> Fault:
@@ -149,7 +160,8 @@ def describe(error: BaseException) -> str:
     link = next((link for link in links if _kind_of(link).family != "wrapper"), error)
     root = str(type(link).__module__).partition(".")[0]
     words = [type(link).__name__ if root == "builtins" else f"{root}.{type(link).__name__}"]
-    if sqlstate := sqlstate_of(error):
+    # MySQL's number says more than its SQLSTATE, which is the same for most of them.
+    if (sqlstate := sqlstate_of(error)) and _kind_of(link).family != "mysql":
         words.append(f"[{sqlstate}]")
     elif _kind_of(link).family != "other":
         if number := _number(link):

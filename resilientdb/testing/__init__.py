@@ -2,6 +2,7 @@
 
 =====================  ========================================================================
 ``postgres``           a PostgreSQL primary or streaming standby from any installed binaries
+``mariadb``            a MariaDB primary or GTID replica, from the system's packages
 ``toxiproxy``          the Toxiproxy server and a checked client: what it says is what is so
 ``faults``             down, hang, pause, latency, reset, reply lost, …: blocks that prove themselves
 ``checkers``           histories as in Jepsen, and the ledger check over them
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         TestingError,
         ToxiproxyError,
     )
+    from resilientdb.testing.mariadb import MariaDB
     from resilientdb.testing.postgres import Postgres
     from resilientdb.testing.toxiproxy import Proxy, Toxic, ToxiproxyServer
 
@@ -42,6 +44,7 @@ __all__ = [
     "History",
     "HistoryViolation",
     "LedgerReport",
+    "MariaDB",
     "Operation",
     "Outcome",
     "Postgres",
@@ -61,6 +64,7 @@ _HOME = {
     "History": "checkers",
     "HistoryViolation": "errors",
     "LedgerReport": "checkers",
+    "MariaDB": "mariadb",
     "Operation": "checkers",
     "Outcome": "checkers",
     "Postgres": "postgres",

@@ -47,6 +47,7 @@ from resilientdb.testing.wire import Answer, Probe
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from resilientdb.testing.mariadb import MariaDB
     from resilientdb.testing.postgres import Postgres
     from resilientdb.testing.toxiproxy import Proxy, Toxic
 
@@ -112,7 +113,10 @@ def down(proxy: Proxy) -> Iterator[ActiveFault]:
 
 @contextlib.contextmanager
 def dead(
-    postgres: Postgres, *, proxy: Proxy | None = None, mode: Literal["fast", "immediate"] = "immediate"
+    postgres: Postgres | MariaDB,
+    *,
+    proxy: Proxy | None = None,
+    mode: Literal["fast", "immediate"] = "immediate",
 ) -> Iterator[ActiveFault]:
     """Stop the server behind a proxy that lives: connections are accepted and then closed.
 

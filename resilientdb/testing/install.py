@@ -1,8 +1,8 @@
 """``python -m resilientdb.testing.install``: find, or build into the cache, the services that tests need.
 
-PostgreSQL comes from a wheel or the system and is only looked for; Toxiproxy is built if it is
-missing. One line a service. With ``--check`` nothing is built. The exit status is 0 if everything
-asked for is there.
+PostgreSQL comes from a wheel or the system and MariaDB from the system, so both are only looked for;
+Toxiproxy is built if it is missing. One line a service. With ``--check`` nothing is built. The exit
+status is 0 if everything asked for is there; MariaDB may be missing, and its tests are skipped then.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from resilientdb.testing.binaries import find_postgres
 from resilientdb.testing.errors import TestingError
+from resilientdb.testing.mariadb import find_mariadb
 from resilientdb.testing.toxiproxy_binary import build_toxiproxy, find_toxiproxy
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     services: list[tuple[str, Callable[[], str]]] = []
     if not options.toxiproxy:
-        services.append(("PostgreSQL", _postgres))
+        services += [("PostgreSQL", _postgres), ("MariaDB", _mariadb)]
     services.append(("Toxiproxy", lambda: _toxiproxy(build=not options.check)))
     status = 0
     for name, find in services:
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             line = find()
         except TestingError as error:
             line = f"missing: {error}"
-            status = 1
+            status = status if name == "MariaDB" else 1
         sys.stdout.write(f"{name}: {line}\n")
         sys.stdout.flush()
     return status
@@ -47,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _postgres() -> str:
     found = find_postgres()
     return f"{found.major} from {found.source} ({found.folder})"
+
+
+def _mariadb() -> str:
+    return f"from the system ({find_mariadb().server})"
 
 
 def _toxiproxy(*, build: bool) -> str:

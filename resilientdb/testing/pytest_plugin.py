@@ -6,6 +6,8 @@
 ``resilientdb_toxiproxy``       session   a fault-injection server (:class:`~.toxiproxy.ToxiproxyServer`)
 ``resilientdb_proxy``           function  a fresh proxy in front of the primary
 ``resilientdb_standby_proxy``   function  a fresh proxy in front of the standby
+``resilientdb_mariadb``         session   a running MariaDB (:class:`~.mariadb.MariaDB`)
+``resilientdb_mariadb_proxy``   function  a fresh proxy in front of it
 ==============================  ========  ====================================================
 
 ::
@@ -16,9 +18,9 @@
             ...
 
 The session's servers are shared: a test that promotes, crashes or stops one makes its own with
-:class:`~.postgres.Postgres`. A service that is missing skips the test with a reason that says how
-to get it, except in CI (the environment has ``CI``), where it fails: a green run there means that
-the tests ran.
+:class:`~.postgres.Postgres` or :class:`~.mariadb.MariaDB`. A service that is missing skips the test
+with a reason that says how to get it, except in CI (the environment has ``CI``), where it fails: a
+green run there means that the tests ran.
 
 The services are imported inside the fixtures, so an unused plugin starts and imports nothing.
 """
@@ -34,6 +36,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from resilientdb.testing.mariadb import MariaDB
     from resilientdb.testing.postgres import Postgres
     from resilientdb.testing.toxiproxy import Proxy, ToxiproxyServer
 
@@ -104,4 +107,26 @@ def resilientdb_standby_proxy(
 ) -> Iterator[Proxy]:
     """A fresh proxy in front of the standby, deleted after the test."""
     with resilientdb_toxiproxy.proxy(resilientdb_standby.address) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def resilientdb_mariadb() -> Iterator[MariaDB]:
+    """A MariaDB primary, shared by the session."""
+    with _needs("MariaDB"):
+        from resilientdb.testing.mariadb import MariaDB
+
+        server = MariaDB().start()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def resilientdb_mariadb_proxy(
+    resilientdb_toxiproxy: ToxiproxyServer, resilientdb_mariadb: MariaDB
+) -> Iterator[Proxy]:
+    """A fresh proxy in front of the MariaDB primary, deleted after the test."""
+    with resilientdb_toxiproxy.proxy(resilientdb_mariadb.address) as proxy:
         yield proxy

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 __all__ = ["Answer", "Probe", "accepts_connections", "ask"]
 
 _SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+_REPLIES = (b"S", b"N", b"G", b"E")
 _TERMINATE = b"X" + struct.pack("!i", 4)
 
 
@@ -41,8 +42,8 @@ class Probe:
 def ask(host: str, port: int, *, wait: float) -> Probe:
     """Connect and send an SSLRequest, to which every PostgreSQL replies with one byte before anything else.
 
-    No login, no session, nothing that shows in ``pg_stat_activity``. Never raises; ``wait`` seconds
-    bound it all.
+    MySQL and MariaDB greet unasked, and then reply that this was nonsense; their greeting is no reply. No login,
+    no session, nothing that shows in ``pg_stat_activity``. Never raises; ``wait`` seconds bound it all.
     """
     begun = time.monotonic()
 
@@ -60,6 +61,11 @@ def ask(host: str, port: int, *, wait: float) -> Probe:
             connection.sendall(_SSL_REQUEST)
             connection.settimeout(max(wait - (time.monotonic() - begun), 0.001))
             reply = connection.recv(1)
+            if reply and reply not in _REPLIES:
+                rest = 3 + reply[0]  # it began with its length, which fits in one byte of three
+                while rest and (chunk := connection.recv(rest)):
+                    rest -= len(chunk)
+                reply = connection.recv(1)
         except TimeoutError:
             return after(Answer.SILENT)
         except OSError:

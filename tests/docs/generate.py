@@ -11,13 +11,14 @@ import inspect
 import re
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from resilientdb.config import ENV_PREFIX, PROFILES, URL_PREFIX, Resilience, options, resilience
 from resilientdb.config.base import leaves, options_of
 from resilientdb.config.wording import as_text, flat
 from resilientdb.middleware.problem import _FAULTS
 from resilientdb.policy.faults import Fault
+from tests.engine.seen import EVENTS, load
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -182,6 +183,37 @@ def _http(fault: Fault) -> str:
     return f"{kind.status} `{kind.reason}`{again}"
 
 
+# ---------------------------------------------------------------------------------------- what was seen
+
+SERVERS = {
+    "PostgreSQL": ["psycopg", "psycopg_async", "psycopg2", "asyncpg"],
+    "MariaDB": ["pymysql", "aiomysql", "asyncmy"],
+}
+
+
+def what_was_seen() -> str:
+    """For each server, what its drivers said in each event, from the tests' record."""
+    return "\n".join(_seen_on(server, drivers) for server, drivers in SERVERS.items())
+
+
+def _seen_on(server: str, drivers: list[str]) -> str:
+    record = {event: rows for event, rows in load().items() if set(rows) & set(drivers)}
+    header = ["event", "fault", *(f"`{driver}`" for driver in drivers)]
+    table = [header, ["---"] * len(header)]
+    for event, rows in record.items():
+        found = {rows[driver]["fault"] for driver in drivers if driver in rows}
+        words = " or ".join(f"`{fault}`" for fault in sorted(found))
+        table.append([EVENTS[event], words, *(_said(rows.get(driver)) for driver in drivers)])
+    return f"### {server}\n\n{_markdown(table)}"
+
+
+def _said(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    words = [f"`{row['error']}`", *([row["code"]] if row["code"] else [])]
+    return f"{' '.join(words)}{' †' if row['invalidated'] else ''}"
+
+
 # --------------------------------------------------------------------------------------------- the files
 
 
@@ -192,9 +224,10 @@ def _markdown(rows: list[list[str]]) -> str:
 def documents() -> dict[Path, str]:
     """Every generated file, as it should be."""
     modes = ROOT / "docs" / "failure-modes.md"
+    text = _filled(modes.read_text(encoding="utf-8"), "faults", faults())
     return {
         ROOT / "docs" / "configuration.md": configuration(),
-        modes: _filled(modes.read_text(encoding="utf-8"), "faults", faults()),
+        modes: _filled(text, "seen", what_was_seen()),
     }
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from resilientdb.testing.postgres import Postgres
 
-ASYNC = {"psycopg_async", "asyncpg", "aiosqlite"}
+ASYNC = {"psycopg_async", "asyncpg", "aiosqlite", "aiomysql", "asyncmy"}
 POSTGRESQL = ["psycopg", "psycopg_async", "psycopg2", "asyncpg"]
 
 
@@ -238,6 +238,7 @@ def test_sqlite(name: str, tmp_path: Any) -> None:
         driver = opened.driver
         assert driver.name == name
         assert driver.role_query is None
+        assert not driver.has_server
         assert driver.socket_defaults(Lifecycle(), {}) == {}
         assert driver.connect_timeout_param(1) == {}
         assert driver.socket_fd(opened.dbapi) is None
@@ -263,6 +264,7 @@ def test_drivers_nobody_described() -> None:
     Dialect.driver = "carrier_pigeon"
     neutral = driver_of(Dialect())
     assert neutral == Driver("carrier_pigeon")
+    assert neutral.has_server, "it is not known how to ask it, but there are sessions to be lost"
     assert neutral.socket_defaults(Lifecycle(), {}) == {}
     neutral.after_connect(object(), Lifecycle())
     assert neutral.socket_fd(object()) is None

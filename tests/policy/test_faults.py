@@ -16,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilientdb import errors
-from resilientdb.policy.faults import Fault, Phase, classify, describe, evidence, sqlstate_of
+from resilientdb.policy.faults import (
+    Fault,
+    Phase,
+    blame_the_application,
+    classify,
+    describe,
+    evidence,
+    sqlstate_of,
+)
 
 LOST = Fault.CONNECTION_LOST
 UNREACHABLE = Fault.CANNOT_CONNECT
@@ -178,12 +186,12 @@ def test_errors_without_a_code_in_a_statement(error: Exception, fault: Fault) ->
 MYSQL = [
     *[(number, LOST) for number in (2006, 2013, 2055, 2014, 1053, 1927, 4031, 2777)],
     *[(number, UNREACHABLE) for number in (2002, 2003, 2005)],
-    *[(number, Fault.RETRY_TRANSACTION) for number in (1213, 1020, 3101)],
-    *[(number, Fault.OVERLOAD) for number in (1040, 1203, 1226, 1129, 9001)],
-    *[(number, Fault.TIMEOUT) for number in (1205, 3024, 1317, 1969)],
-    *[(number, Fault.CONFIGURATION) for number in (1045, 1044, 1049, 1130)],
+    *[(number, Fault.RETRY_TRANSACTION) for number in (1213, 1020, 3101, 1412, 1615)],
+    *[(number, Fault.OVERLOAD) for number in (1040, 1203, 1226, 1129, 9001, 1114, 1206)],
+    *[(number, Fault.TIMEOUT) for number in (1205, 3024, 1317, 1969, 3572)],
+    *[(number, Fault.CONFIGURATION) for number in (1045, 1044, 1049, 1130, 1862, 3118, 4151)],
     *[(number, Fault.WRONG_ROLE) for number in (1792, 1836, 1047)],
-    *[(number, Fault.APPLICATION) for number in (1062, 1064, 1290)],
+    *[(number, Fault.APPLICATION) for number in (1062, 1064, 1290, 2031, 2068)],
 ]
 
 
@@ -201,6 +209,12 @@ def test_mysql_words_and_commit() -> None:
 
     assert classify(mysql(1290, "running with the --read-only option")) is Fault.WRONG_ROLE
     assert classify(made_by("pymysql.err", "InterfaceError", 0, "")) is LOST
+    assert classify(made_by("pymysql.err", "InterfaceError", "(0, 'Not connected')")) is LOST
+    assert classify(made_by("pymysql.err", "InternalError", "Packet sequence number wrong - got 1")) is LOST
+    gone = made_by(
+        "asyncmy.errors", "InternalError", "network operation failed due to asyncmy attribute error"
+    )
+    assert classify(gone) is LOST
     assert classify(mysql(2013, "Lost connection"), Phase.COMMIT) is Fault.IN_DOUBT
     assert classify(mysql(1180, "Got error during COMMIT"), Phase.COMMIT) is Fault.IN_DOUBT
     assert classify(mysql(1205, "Lock wait timeout"), Phase.COMMIT) is Fault.TIMEOUT
@@ -326,6 +340,16 @@ def test_causes_are_found_and_the_nearest_wins() -> None:
     assert classify(context) is Fault.APPLICATION
 
 
+def test_blamed_on_the_application_it_stays_so() -> None:
+    refused = psycopg("cannot execute INSERT in a read-only transaction", "25006")
+    assert classify(wrapped(refused)) is Fault.WRONG_ROLE
+    blame_the_application(refused)
+    assert {classify(wrapped(refused), phase) for phase in (Phase.STATEMENT, Phase.COMMIT)} == {
+        Fault.APPLICATION
+    }
+    blame_the_application(HostileError())  # nothing happens
+
+
 def test_a_plan_for_each_fault() -> None:
     """What follows from each verdict, as a table that has to be changed on purpose."""
 
@@ -368,6 +392,8 @@ def test_describe_says_where_and_what_and_no_more() -> None:
     assert describe(wrapped(unique)) == "psycopg.UniqueViolation [23505]"
     mysql = made_by("pymysql.err", "OperationalError", 2003, "Can't connect to MySQL server on 'db-1'")
     assert describe(mysql) == "pymysql.OperationalError [2003] db-1 can't connect"
+    deadlock = made_by("asyncmy.errors", "OperationalError", 1213, "Deadlock found", sqlstate="40001")
+    assert describe(wrapped(deadlock)) == "asyncmy.OperationalError [1213]"
     assert describe(KeyError(4711)) == "KeyError"
     assert describe(errors.PoolSaturated("Full: 5\nof 5")) == "PoolSaturated: Full: 5 of 5"
 

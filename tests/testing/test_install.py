@@ -8,6 +8,7 @@ import pytest
 
 from resilientdb.testing import install, toxiproxy_binary
 from resilientdb.testing.binaries import PG_BIN_VARIABLE
+from resilientdb.testing.mariadb import MARIADB_BIN_VARIABLE
 from resilientdb.testing.toxiproxy_binary import TOXIPROXY_VARIABLE, ToxiproxyBinary
 
 
@@ -45,9 +46,10 @@ def test_what_is_there_is_said_with_its_place(
     program.chmod(0o755)
     monkeypatch.setenv(TOXIPROXY_VARIABLE, str(program))
     assert install.main([]) == 0
-    first, second = capsys.readouterr().out.splitlines()
+    first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("PostgreSQL: ")
-    assert second == f"Toxiproxy: from {TOXIPROXY_VARIABLE} ({program})"
+    assert second.startswith("MariaDB: ")
+    assert third == f"Toxiproxy: from {TOXIPROXY_VARIABLE} ({program})"
 
 
 def test_a_missing_service_is_told_and_the_others_go_on(
@@ -56,9 +58,19 @@ def test_a_missing_service_is_told_and_the_others_go_on(
     monkeypatch.setenv(PG_BIN_VARIABLE, str(tmp_path))
     monkeypatch.setattr(install, "build_toxiproxy", lambda: ToxiproxyBinary(tmp_path, "a test"))
     assert install.main([]) == 1
-    first, second = capsys.readouterr().out.splitlines()
+    first, _, third = capsys.readouterr().out.splitlines()
     assert first.startswith("PostgreSQL: missing: ")
-    assert second.startswith("Toxiproxy: built in ")
+    assert third.startswith("Toxiproxy: built in ")
+
+
+def test_mariadb_may_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(MARIADB_BIN_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(install, "_postgres", lambda: "here")
+    monkeypatch.setattr(install, "build_toxiproxy", lambda: ToxiproxyBinary(tmp_path, "a test"))
+    assert install.main([]) == 0
+    assert f"MariaDB: missing: {MARIADB_BIN_VARIABLE}={tmp_path} has none" in capsys.readouterr().out
 
 
 def test_the_pinned_version_is_the_one_that_was_measured() -> None:

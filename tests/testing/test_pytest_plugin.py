@@ -19,6 +19,7 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
     """A project with no services: a PostgreSQL folder that is empty, a Toxiproxy that is not there."""
     empty = pytester.mkdir("empty")
     monkeypatch.setenv("RESILIENTDB_PG_BIN", str(empty))
+    monkeypatch.setenv("RESILIENTDB_MARIADB_BIN", str(empty))
     monkeypatch.setenv("TOXIPROXY_SERVER", str(empty / "nothing"))
     monkeypatch.delenv("CI", raising=False)
     return pytester
@@ -32,6 +33,8 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
         ("resilientdb_toxiproxy", "Toxiproxy"),
         ("resilientdb_proxy", "Toxiproxy"),
         ("resilientdb_standby_proxy", "Toxiproxy"),
+        ("resilientdb_mariadb", "MariaDB"),
+        ("resilientdb_mariadb_proxy", "Toxiproxy"),
     ],
 )
 def test_a_missing_service_skips_with_its_reason(
@@ -57,7 +60,7 @@ def test_unused_it_loads_no_service(project: pytest.Pytester) -> None:
         import sys
 
         def test_example():
-            for name in ("faults", "postgres", "toxiproxy", "processes"):
+            for name in ("faults", "postgres", "mariadb", "toxiproxy", "processes"):
                 assert f"resilientdb.testing.{name}" not in sys.modules
             assert "psycopg" not in sys.modules
             assert "requests" not in sys.modules

@@ -1,0 +1,162 @@
+"""What a description of a driver has to say, and what the descriptions share.
+
+One ``Driver`` a kind of driver: how to bound a connect, how to make the kernel notice a peer that has vanished,
+where the socket is, how to ask a server for its role.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from resilientdb.config import Lifecycle
+
+__all__ = [
+    "KEEPALIVE_COUNT",
+    "Driver",
+    "TransactionStatus",
+    "keepalive_seconds",
+    "own_connection",
+    "set_socket_options",
+    "valid_fd",
+]
+
+TransactionStatus = Literal["idle", "open", "failed", "undecided"]
+"""``failed``: the server will answer ROLLBACK to a COMMIT. ``undecided``: in a transaction, and the driver
+does not say whether it has failed."""
+
+KEEPALIVE_COUNT: Final = 3
+"""Unanswered keepalives before the connection is given up: one may be lost, two in a row hardly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """A driver of which nothing is known, and the promise that every described one keeps.
+
+    No method raises for a broken or closed connection, and none waits.
+    """
+
+    name: str
+    role_query: str | None = None
+    """A statement whose one row says whether the server is a primary; None where there is no such thing."""
+    has_server: bool = True
+    """Whether there are sessions that can be lost: not with a database in this process."""
+
+    def socket_defaults(self, lifecycle: Lifecycle, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Connect parameters to add to ``given``: all that the URL and ``connect_args`` already hold.
+
+        Never contains what is given there, or in the environment where the driver reads it from there.
+        """
+        _ = lifecycle, given
+        return {}
+
+    def connect_timeout_param(self, seconds: float) -> dict[str, Any]:
+        """Connect parameters that bound one attempt to about ``seconds``, replacing any given before."""
+        _ = seconds
+        return {}
+
+    def after_connect(self, dbapi_connection: object, lifecycle: Lifecycle) -> None:
+        """Set on a fresh connection's socket what could not be said in its connect parameters."""
+
+    def socket_fd(self, dbapi_connection: object) -> int | None:
+        """The descriptor of the connection's socket; None if it has none, or no longer.
+
+        The number is only good until the driver closes it: whoever keeps it keeps a dup.
+        """
+        _ = dbapi_connection
+        return None
+
+    def transaction_status(self, dbapi_connection: object) -> TransactionStatus | None:
+        """Where the connection stands, from what the driver already knows; None if it does not say."""
+        _ = dbapi_connection
+        return None
+
+    def is_idle(self, dbapi_connection: object) -> bool:
+        """Whether neither the server nor the driver is in a transaction, as far as the driver knows: there is nothing
+        to commit or to roll back. False if it does not say."""
+        _ = dbapi_connection
+        return False
+
+    def has_declared_read_only(self, dbapi_connection: object) -> bool:
+        """Whether the transaction is READ ONLY because the application said so, as far as the driver knows, and not
+        because the server takes no writes. False if it does not say."""
+        _ = dbapi_connection
+        return False
+
+    def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
+        """Whether BEGIN could be left out before a read: no transaction is open, the next would be a plain one in
+        READ COMMITTED, and leaving it out costs no round trip.
+
+        ``default_isolation``: the level of a transaction that names none; None if unknown.
+        """
+        _ = dbapi_connection, default_isolation
+        return False
+
+    def withhold_begin(self, dbapi_connection: object) -> None:
+        """Send what comes next without BEGIN in front of it, until ``allow_begin``."""
+
+    def allow_begin(self, dbapi_connection: object) -> None:
+        """End what ``withhold_begin`` began, or was about to begin."""
+
+    def is_stale_plan(self, error: BaseException) -> bool:
+        """Whether a statement failed because of what the driver has prepared on the connection, not for itself."""
+        _ = error
+        return False
+
+    def read_role(self, row: Sequence[Any]) -> Literal["primary", "replica"]:
+        """What the row of ``role_query`` says: its first column is whether the server is in recovery."""
+        return "replica" if row[0] else "primary"
+
+
+def own_connection(connection: object) -> object:
+    """The driver's own connection behind SQLAlchemy's async adapter or pool proxy, or the argument itself."""
+    try:
+        return getattr(connection, "driver_connection", None) or connection
+    except Exception:  # noqa: BLE001 - a proxy that has been invalidated
+        return connection
+
+
+def valid_fd(fd: object) -> int | None:
+    return fd if isinstance(fd, int) and fd >= 0 else None
+
+
+def keepalive_seconds(idle: float) -> tuple[int, int]:
+    """Idle time and interval, in whole seconds as the kernel takes them: a vanished peer is given up after
+    about twice the idle time."""
+    return max(1, math.ceil(idle)), max(1, math.ceil(idle / KEEPALIVE_COUNT))
+
+
+def set_socket_options(fd: int | None, lifecycle: Lifecycle) -> None:
+    """Have the kernel notice a peer that has vanished, where the driver's parameters cannot say it."""
+    if fd is None:
+        return
+    # Options belong to the socket, not the descriptor: a dup reaches them without touching an object that
+    # the event loop owns (uvloop's stand-in for a socket has no setsockopt).
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
+        if duplicate.family in {socket.AF_INET, socket.AF_INET6}:
+            _set_tcp_options(duplicate, lifecycle)
+
+
+def _set_tcp_options(connected: socket.socket, lifecycle: Lifecycle) -> None:
+    if lifecycle.keepalive_idle is not None:
+        idle, interval = keepalive_seconds(lifecycle.keepalive_idle)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # macOS calls the idle time TCP_KEEPALIVE; a system that has none of these keeps its own.
+        idle_option = "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE"
+        for option, value in (
+            (idle_option, idle),
+            ("TCP_KEEPINTVL", interval),
+            ("TCP_KEEPCNT", KEEPALIVE_COUNT),
+        ):
+            if hasattr(socket, option):
+                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    if lifecycle.tcp_user_timeout is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        milliseconds = math.ceil(lifecycle.tcp_user_timeout * 1000)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
