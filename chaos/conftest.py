@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--chaos-profile", choices=sorted(PROFILES), default="short", help="how long and how hard"
     )
+    group.addoption("--chaos-ledger", type=int, metavar="N", help="write so many entries into the ledger")
     group.addoption("--chaos-seed", type=int, default=_SEED, help="for everything that is drawn at random")
 
 

@@ -169,10 +169,17 @@ class ThreadStack(Stack):
             done(Call(number, due, began, time.monotonic(), work, value))
 
     def _perform(self, work: Work, number: int) -> Any:
-        if work.whole and self.guarded:
-            return rdb.run_transaction(self._engine, work.body, number)
-        with self._engine.begin() if work.commit or work.whole else self._engine.connect() as connection:
-            return work.body(connection, number)
+        if (work.whole or work.exactly_once) and self.guarded:
+            return rdb.run_transaction(self._engine, work.body, number, exactly_once=work.exactly_once)
+        for left in reversed(range(work.tries)):
+            try:
+                with self._engine.begin() if _commits(work) else self._engine.connect() as connection:
+                    return work.body(connection, number)
+            except Exception:
+                if not left:
+                    raise
+                time.sleep(_NAIVE_PAUSE)
+        return None
 
     def close(self) -> None:
         self._engine.dispose()
@@ -224,13 +231,21 @@ class TaskStack(Stack):
             done(Call(number, due, began, time.monotonic(), work, value))
 
     async def _perform(self, work: Work, number: int) -> Any:
-        if work.whole and self.guarded:
+        if (work.whole or work.exactly_once) and self.guarded:
             return await rdb.run_transaction_async(
-                self._engine, lambda connection: connection.run_sync(work.body, number)
+                self._engine,
+                lambda connection: connection.run_sync(work.body, number),
+                exactly_once=work.exactly_once,
             )
-        opened = self._engine.begin() if work.commit or work.whole else self._engine.connect()
-        async with opened as connection:
-            return await connection.run_sync(work.body, number)
+        for left in reversed(range(work.tries)):
+            try:
+                async with self._engine.begin() if _commits(work) else self._engine.connect() as connection:
+                    return await connection.run_sync(work.body, number)
+            except Exception:
+                if not left:
+                    raise
+                await asyncio.sleep(_NAIVE_PAUSE)
+        return None
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._closing.set)
@@ -250,6 +265,14 @@ class AsyncpgTasks(TaskStack):
 
     def _named(self, application: str) -> dict[str, Any]:
         return {"server_settings": {"application_name": application}}
+
+
+_NAIVE_PAUSE = 0.2
+"""Seconds before plain SQLAlchemy tries again."""
+
+
+def _commits(work: Work) -> bool:
+    return work.commit or work.whole or work.exactly_once
 
 
 STACKS: dict[str, type[Stack]] = {stack.driver: stack for stack in (ThreadStack, PsycopgTasks, AsyncpgTasks)}

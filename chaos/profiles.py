@@ -29,6 +29,10 @@ class Profile:
     """Deterministic faults made one by one (a lost COMMIT)."""
     works: int
     """Transactions of a closed-loop workload."""
+    entries: int
+    """In the ledger, at most; ``--chaos-ledger`` says another number, and then there is no limit of time."""
+    ledger: float | None
+    """Seconds in which to write them; None = however long it takes."""
 
 
 PROFILES = {
@@ -44,6 +48,8 @@ PROFILES = {
         goodput=0.8,
         rounds=3,
         works=150,
+        entries=100_000,
+        ledger=2.5,
     ),
     "nightly": Profile(
         name="nightly",
@@ -57,5 +63,7 @@ PROFILES = {
         goodput=0.9,
         rounds=40,
         works=3000,
+        entries=5_000,
+        ledger=None,
     ),
 }

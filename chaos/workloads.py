@@ -35,6 +35,10 @@ class Work:
     """``begin()`` rather than ``connect()``."""
     whole: bool = False
     """By ``run_transaction`` where there is one; plain SQLAlchemy has only ``begin()``."""
+    exactly_once: bool = False
+    """By ``run_transaction(exactly_once=True)`` where there is one; plain SQLAlchemy tries again on any error."""
+    tries: int = 1
+    """How often plain SQLAlchemy does that at most."""
     deadline: float | None = None
     """Seconds from arrival. Plain SQLAlchemy has no deadlines: there it is only what latency is measured by."""
     read_only: bool = False
@@ -188,6 +192,10 @@ class Load:
             raise TimeoutError(
                 f"{left} callers are still under way {self._patience:g} s after the last arrival"
             )
+
+    def join(self) -> None:
+        """Wait until all ``works`` have been brought; only of a finite number of them."""
+        self._thread.join()
 
     def _arrive(self) -> None:
         first = time.monotonic()

@@ -27,7 +27,18 @@ from resilientdb.config import (
 )
 from resilientdb.engine.control import AsyncEngineControl, Control, EngineControl, control
 from resilientdb.engine.create import create_async_engine, create_engine
-from resilientdb.engine.transaction import run_transaction, run_transaction_async
+from resilientdb.engine.outcome import CommitOutcome, TokenTable
+from resilientdb.engine.transaction import (
+    install,
+    install_async,
+    purge,
+    purge_async,
+    resolve,
+    resolve_async,
+    run_transaction,
+    run_transaction_async,
+    transactional,
+)
 from resilientdb.errors import (
     CircuitOpen,
     CommitOutcomeUnknown,
@@ -39,6 +50,7 @@ from resilientdb.errors import (
     PoolSaturated,
     PoolTimeout,
     ResilienceError,
+    TransactionAborted,
 )
 from resilientdb.policy.faults import Fault, classify
 from resilientdb.runtime.context import criticality, deadline, read_only, recording
@@ -66,6 +78,16 @@ __all__ = [
     # transactions
     "run_transaction",
     "run_transaction_async",
+    "transactional",
+    # … exactly once
+    "CommitOutcome",
+    "TokenTable",
+    "install",
+    "install_async",
+    "purge",
+    "purge_async",
+    "resolve",
+    "resolve_async",
     # the handle
     "control",
     "AsyncEngineControl",
@@ -81,6 +103,7 @@ __all__ = [
     "NoReplicaAvailable",
     "PoolDraining",
     "CommitOutcomeUnknown",
+    "TransactionAborted",
     "ConfigurationError",
     # what any driver's error means
     "classify",

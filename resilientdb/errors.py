@@ -15,6 +15,7 @@ last attempt the last real error is raised. What is added is this tree::
         ├── NoReplicaAvailable       every node that may take reads is out of service
         ├── PoolDraining             the engine is shutting down
         ├── CommitOutcomeUnknown     COMMIT was sent and its reply was lost: committed or not, nobody knows
+        ├── TransactionAborted       COMMIT of a transaction that a failed statement had aborted: rolled back
         └── ConfigurationError       an option is unknown, malformed or contradictory (also a ValueError)
 
 Each carries ``reason`` (a stable slug, fit for a metric label or a problem ``type``), ``retry_after``
@@ -34,6 +35,8 @@ import pybreaker
 import sqlalchemy.exc
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from resilientdb.stats import NodeStats
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "PoolSaturated",
     "PoolTimeout",
     "ResilienceError",
+    "TransactionAborted",
 ]
 
 
@@ -127,10 +131,24 @@ class PoolDraining(ResilienceError):
 class CommitOutcomeUnknown(ResilienceError):
     """COMMIT was sent but its reply never came: the transaction may or may not have been committed.
 
-    Never retried by the library. The driver's error is ``__cause__``.
+    Never retried by the library. The driver's error is ``__cause__``. ``key`` is that of a transaction run with
+    ``exactly_once=True``, whose outcome ``resolve(engine, key)`` may be able to tell later; else None.
     """
 
     default_reason = "commit-outcome-unknown"
+    key: UUID | None = None
+
+
+class TransactionAborted(ResilienceError):
+    """COMMIT of a transaction in which a statement had failed: the server rolls such a transaction back and calls
+    that a success. Nothing of it is committed.
+
+    The statement's error was caught inside the transaction. ``retryable`` tells whether it was one that another run
+    of the whole transaction may mend, as a deadlock is.
+    """
+
+    default_reason = "transaction-aborted"
+    retryable: bool = False
 
 
 class ConfigurationError(ResilienceError, ValueError):

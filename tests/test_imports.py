@@ -63,7 +63,9 @@ MAY_LOCK_OR_SLEEP = {
     "engine/control.py": "waits for an engine to drain",
     "engine/door.py": "sleeps between two attempts, in a thread or in a greenlet; SQLAlchemy's wall-clock mark",
     "engine/cluster.py": "its lock guards the primary and the budget",
-    "engine/transaction.py": "sleeps between two attempts",
+    "engine/drivers.py": "ends a COMMIT in place of asyncpg's own timeout",
+    "engine/commit.py": "keeps a task's cancellation from the future that its COMMIT waits for",
+    "engine/transaction.py": "sleeps between two attempts, in a thread or in a greenlet",
     "engine/probe.py": "has an event loop of its own for asynchronous drivers",
     "engine/validation.py": "has an event loop and a thread of its own for asynchronous drivers",
 }

@@ -40,6 +40,15 @@ NAMES = [
     "recording",
     "run_transaction",
     "run_transaction_async",
+    "transactional",
+    "CommitOutcome",
+    "TokenTable",
+    "install",
+    "install_async",
+    "purge",
+    "purge_async",
+    "resolve",
+    "resolve_async",
     "control",
     "Control",
     "EngineControl",
@@ -53,6 +62,7 @@ NAMES = [
     "NoReplicaAvailable",
     "PoolDraining",
     "CommitOutcomeUnknown",
+    "TransactionAborted",
     "ConfigurationError",
     "classify",
     "Fault",
@@ -72,8 +82,14 @@ SIGNATURES = {
     "read_only": "()",
     "criticality": "(level)",
     "recording": "(route=None)",
-    "run_transaction": "(target, function, /, *args, read_only=False, **kwargs)",
-    "run_transaction_async": "(target, function, /, *args, read_only=False, **kwargs)",
+    "run_transaction": "(target, function, /, *args, read_only=False, "
+    "exactly_once=False, isolation_level=None, **kwargs)",
+    "run_transaction_async": "(target, function, /, *args, read_only=False, "
+    "exactly_once=False, isolation_level=None, **kwargs)",
+    "transactional": "(target, /, *, read_only=False, exactly_once=False, isolation_level=None)",
+    "resolve": "(engine, key, *, table=TokenTable(name='resilientdb_token', schema=None))",
+    "install": "(engine, *, table=TokenTable(name='resilientdb_token', schema=None))",
+    "TokenTable": "(name='resilientdb_token', schema=None)",
     "control": "(engine)",
     "classify": "(error, phase=<Phase.STATEMENT: 'statement'>)",
     "Control.snapshot": "(self)",
@@ -141,6 +157,7 @@ ERRORS = {
     rdb.NoReplicaAvailable: ("no-replica", rdb.ResilienceError),
     rdb.PoolDraining: ("draining", rdb.ResilienceError),
     rdb.CommitOutcomeUnknown: ("commit-outcome-unknown", rdb.ResilienceError),
+    rdb.TransactionAborted: ("transaction-aborted", rdb.ResilienceError),
     rdb.ConfigurationError: ("configuration", ValueError),
 }
 
@@ -224,6 +241,11 @@ if TYPE_CHECKING:
     async def transactions(engine: sa.Engine, async_engine: AsyncEngine) -> None:
         assert_type(rdb.run_transaction(engine, count, "t", minimum=1, read_only=True), int)
         assert_type(await rdb.run_transaction_async(async_engine, count_async, "t"), int)
+        counted = rdb.transactional(engine, exactly_once=rdb.TokenTable(schema="app"))(count)
+        assert_type(counted("t", minimum=1), int)
+        assert_type(await rdb.transactional(async_engine, read_only=True)(count_async)("t"), int)
+        counted(1)  # type: ignore[arg-type]
+        rdb.run_transaction(engine, count, "t", isolation_level="SNAPSHOT")  # type: ignore[arg-type]
 
     def words(error: Exception) -> None:
         assert_type(rdb.classify(error), rdb.Fault)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from resilientdb.config import Lifecycle
 
@@ -40,7 +40,7 @@ KEEPALIVE_COUNT: Final = 3
 class Driver:
     """A driver of which nothing is known, and the promise that every described one keeps.
 
-    No method raises for a broken or closed connection, and none waits.
+    No method but ``begin_with`` raises for a broken or closed connection, and no other waits.
     """
 
     name: str
@@ -89,6 +89,22 @@ class Driver:
         because the server takes no writes. False if it does not say."""
         _ = dbapi_connection
         return False
+
+    def is_failed(self, dbapi_connection: object) -> bool:
+        """Whether the server will answer ROLLBACK to a COMMIT. False if the driver does not say."""
+        return self.transaction_status(dbapi_connection) == "failed"
+
+    def answer_to_commit(self, dbapi_connection: object) -> Callable[[], str | None] | None:
+        """For a driver that cannot say whether the transaction has failed: prepare to read the answer to the COMMIT
+        that comes next, and return what tells it afterwards. None: there is no need."""
+        _ = dbapi_connection
+        return None
+
+    def begin_with(self, dbapi_connection: object, cursor: Any, statement: str) -> None:
+        """Execute ``statement``, which has no parameters and no rows, as the first of a transaction: in one message
+        with BEGIN where the driver lets us. Raises as ``cursor.execute`` does, and waits as it does."""
+        _ = dbapi_connection
+        cursor.execute(statement)
 
     def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
         """Whether BEGIN could be left out before a read: no transaction is open, the next would be a plain one in

@@ -11,6 +11,7 @@ libpq takes all three as parameters, asyncpg only the first, and the rest is set
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import math
@@ -19,6 +20,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from resilientdb.engine.compat import await_only
 from resilientdb.engine.driver import (
     KEEPALIVE_COUNT,
     Driver,
@@ -95,6 +97,29 @@ class _Psycopg(_Libpq):
         except Exception:  # noqa: BLE001
             return False
 
+    def is_failed(self, dbapi_connection: object) -> bool:
+        connection: Any = dbapi_connection
+        try:
+            return bool(connection.pgconn.transaction_status == _LIBPQ_FAILED)
+        except Exception:  # noqa: BLE001
+            return False
+
+    def begin_with(self, dbapi_connection: object, cursor: Any, statement: str) -> None:
+        connection: Any = own_connection(dbapi_connection)
+        if connection._autocommit or not self.is_idle(dbapi_connection):  # noqa: SLF001
+            self._execute_unprepared(cursor, statement)
+            return
+        begin = connection._get_tx_start_command().decode()  # noqa: SLF001 - as it would send it itself
+        self.withhold_begin(dbapi_connection)
+        try:
+            self._execute_unprepared(cursor, f"{begin}; {statement}")
+        finally:
+            self.allow_begin(dbapi_connection)
+
+    def _execute_unprepared(self, cursor: Any, statement: str) -> None:
+        # Only what is not prepared can be several statements, and no two of these are alike.
+        cursor.execute(statement, prepare=False)
+
     def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
         connection: Any = dbapi_connection
         level = connection.isolation_level
@@ -144,6 +169,13 @@ class _PsycopgAsync(_Psycopg):
     def is_idle(self, dbapi_connection: object) -> bool:
         return super().is_idle(own_connection(dbapi_connection))
 
+    def is_failed(self, dbapi_connection: object) -> bool:
+        return super().is_failed(own_connection(dbapi_connection))
+
+    def _execute_unprepared(self, cursor: Any, statement: str) -> None:
+        # The adapter's cursor does not pass the option on.
+        await_only(cursor._cursor.execute(statement, prepare=False))  # noqa: SLF001
+
     def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
         return super().may_withhold_begin(own_connection(dbapi_connection), default_isolation)
 
@@ -156,6 +188,13 @@ class _PsycopgAsync(_Psycopg):
 
 class _Psycopg2(_Libpq):
     __slots__ = ()
+
+    def is_failed(self, dbapi_connection: object) -> bool:
+        connection: Any = dbapi_connection
+        try:
+            return bool(connection.get_transaction_status() == _LIBPQ_FAILED)
+        except Exception:  # noqa: BLE001
+            return False
 
     def is_idle(self, dbapi_connection: object) -> bool:
         connection: Any = dbapi_connection
@@ -256,6 +295,33 @@ class _Asyncpg(Driver):
         adapter: Any = dbapi_connection
         adapter.autocommit = False
 
+    def answer_to_commit(self, dbapi_connection: object) -> Callable[[], str | None] | None:
+        adapter: Any = dbapi_connection
+        transaction = getattr(adapter, "_transaction", None)
+        if transaction is None:
+            return None  # nothing will be sent
+        transaction._connection = between = _Between(transaction._connection)  # noqa: SLF001
+        return lambda: between.answer
+
+    def begin_with(self, dbapi_connection: object, cursor: Any, statement: str) -> None:
+        adapter: Any = dbapi_connection
+        if adapter.isolation_level == "autocommit" or adapter._transaction is not None:  # noqa: SLF001
+            cursor.execute(statement)
+            return
+        # As SQLAlchemy's adapter begins, which it would do just before this.
+        connection = adapter.driver_connection
+        transaction = connection.transaction(
+            isolation=adapter.isolation_level, readonly=adapter.readonly, deferrable=adapter.deferrable
+        )
+        transaction._connection = between = _Between(connection, statement)  # noqa: SLF001
+        await_only(transaction.start())
+        transaction._connection = connection  # noqa: SLF001
+        adapter._transaction = transaction  # noqa: SLF001
+        if hasattr(adapter, "_started"):
+            adapter._started = True  # noqa: SLF001 - SQLAlchemy 2.0
+        if between.failure is not None:
+            adapter._handle_exception(between.failure)  # noqa: SLF001 - raises it as the driver's
+
     def transaction_status(self, dbapi_connection: object) -> TransactionStatus | None:
         connection: Any = own_connection(dbapi_connection)
         try:
@@ -263,6 +329,54 @@ class _Asyncpg(Driver):
             return "undecided" if connection.is_in_transaction() else "idle"
         except Exception:  # noqa: BLE001
             return None
+
+
+class _Between:
+    """Stands between asyncpg's transaction object and its connection, for the one message it sends: adds a statement
+    to it, and keeps the answer, which the object drops."""
+
+    __slots__ = ("_addition", "_connection", "answer", "failure")
+
+    def __init__(self, connection: Any, addition: str = "") -> None:
+        self._connection = connection
+        self._addition = addition
+        self.answer: str | None = None
+        self.failure: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    @property
+    def _top_xact(self) -> Any:
+        return self._connection._top_xact  # noqa: SLF001
+
+    @_top_xact.setter
+    def _top_xact(self, transaction: Any) -> None:
+        self._connection._top_xact = transaction  # noqa: SLF001
+
+    async def execute(self, query: str) -> str | None:
+        if not self._addition:
+            return await self._commit(query)
+        try:
+            return await self._connection.execute(query + self._addition)  # type: ignore[no-any-return]
+        except Exception as error:  # noqa: BLE001 - raised as soon as the object has taken note of its BEGIN
+            # Which may well have been executed: the transaction is there, to be rolled back.
+            self.failure = error
+            return None
+
+    async def _commit(self, query: str) -> str | None:
+        connection, timer, options = self._connection, None, {}
+        limit = getattr(getattr(connection, "_config", None), "command_timeout", None)
+        if limit:
+            # At the end of it asyncpg would cancel the COMMIT at the server.
+            timer = asyncio.get_running_loop().call_later(limit, connection.terminate)
+            options = {"timeout": _FOR_EVER}
+        try:
+            self.answer = await connection.execute(query, **options)
+        finally:
+            if timer is not None:
+                timer.cancel()
+        return self.answer
 
 
 class _Sqlite(Driver):
@@ -285,6 +399,10 @@ _PSYCOPG_READ_COMMITTED: Final = 2
 
 _LIBPQ_STATUS: Final[dict[int, TransactionStatus]] = {0: "idle", 1: "undecided", 2: "open", 3: "failed"}
 """1 is ACTIVE: a command is running; 4, UNKNOWN, is a connection that is gone."""
+
+_LIBPQ_FAILED: Final = 3
+_FOR_EVER: Final = 1e6
+"""Seconds; asyncpg takes None for what is configured."""
 
 _POSTGRESQL_ROLE: Final = "SELECT pg_is_in_recovery()"
 

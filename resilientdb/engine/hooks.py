@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event
 
 from resilientdb.engine import reading
+from resilientdb.engine.commit import without_cancelling
 from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.engine.drivers import Driver
-from resilientdb.errors import CommitOutcomeUnknown, DeadlineExceeded, ResilienceError
+from resilientdb.errors import (
+    CommitOutcomeUnknown,
+    DeadlineExceeded,
+    ResilienceError,
+    TransactionAborted,
+)
 from resilientdb.policy.faults import Fault, Phase, blame_the_application, classify, describe, evidence
 from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.context import Deadline, current_deadline, is_read_only
@@ -26,7 +32,10 @@ if TYPE_CHECKING:
 
     from resilientdb.engine.cluster import Cluster
 
-__all__ = ["install"]
+__all__ = ["WITH_BEGIN", "install"]
+
+WITH_BEGIN: Any = {"no_parameters": True, "resilientdb_with_begin": True}
+"""The execution options of a statement without parameters that may go in one message with its BEGIN."""
 
 _ROLLBACK_GRACE = 0.1
 """Seconds a ROLLBACK may take when the deadline has passed already: it is sent to a connection that answered
@@ -49,8 +58,13 @@ class _Hooks:
         event.listen(engine, "handle_error", self._on_error)
         self._is_idle = cluster.driver.is_idle
         self._is_known = type(cluster.driver) is not Driver
+        self._is_failed = cluster.driver.is_failed
+        self._answer_to_commit = cluster.driver.answer_to_commit
+        self._in_tasks = dialect.is_async and cluster.has_server
         self._commit = dialect.do_commit
         self._rollback = dialect.do_rollback
+        self._execute_no_params = dialect.do_execute_no_params
+        dialect.do_execute_no_params = self._do_execute_no_params  # type: ignore[method-assign]
         dialect.do_commit = self._do_commit  # type: ignore[method-assign, assignment]
         dialect.do_rollback = self._do_rollback  # type: ignore[method-assign, assignment]
 
@@ -64,18 +78,51 @@ class _Hooks:
     def _before_bare_statement(self, _cursor: Any, _statement: Any, context: Any) -> None:
         self._before_statement(_cursor, _statement, None, context)
 
+    def _do_execute_no_params(self, cursor: Any, statement: Any, context: Any = None) -> None:
+        if context is not None and context.execution_options.get("resilientdb_with_begin"):
+            raw = context.root_connection.connection.dbapi_connection
+            self._cluster.driver.begin_with(raw, cursor, statement)
+        else:
+            self._execute_no_params(cursor, statement, context)
+
     def _do_commit(self, connection: Any) -> None:
-        if is_read_only() and self._is_idle(getattr(connection, "dbapi_connection", connection)):
+        raw = getattr(connection, "dbapi_connection", connection)
+        only_reads = is_read_only()
+        if only_reads and self._is_idle(raw):
             return  # nothing was written, nothing can be lost
+        record = record_of(connection)
+        if not only_reads and self._is_failed(raw):
+            # What the server would do; SQLAlchemy will not ask for it after a COMMIT.
+            self._do_rollback(connection)
+            raise _aborted(record)
         deadline = current_deadline()
         if deadline is not None:
-            self._hold_to(deadline, record_of(connection), "COMMIT was sent; nothing is committed")
+            self._hold_to(deadline, record, "COMMIT was sent; nothing is committed")
+        answer = self._answer_to_commit(raw)
         try:
-            self._commit(connection)
+            if self._in_tasks and record is not None:
+                without_cancelling(self._commit, connection, lambda: self._cut(record))
+            else:
+                self._commit(connection)
         except BaseException as error:
-            if not _cannot_have_written(record_of(connection)):
+            if not _cannot_have_written(record):
                 _mark_as_commit(error)
             raise
+        if answer is not None and not only_reads and answer() == "ROLLBACK":
+            raise _aborted(record)
+
+    def _cut(self, record: Any) -> None:
+        """Cut the connection now; whoever waits for it finds it lost."""
+        watch: Watch | None = getattr(record, "watch", None)
+        if watch is None:
+            fd = self._cluster.driver.socket_fd(record.dbapi_connection)
+            if fd is None:
+                return
+            record.watch = watch = Watch(fd)
+            record.owes = True
+        watch.still_wanted = None
+        watch.at = now = monotonic()
+        watch.fire(now)
 
     def _do_rollback(self, connection: Any) -> None:
         raw = getattr(connection, "dbapi_connection", connection)
@@ -130,6 +177,8 @@ class _Hooks:
             blame_the_application(error)
         self._settle(record, error, phase, cut=cut)
         fault = classify(error, phase)
+        if phase is Phase.STATEMENT:
+            record.failed_with = (describe(error), fault.retry_transaction)  # see _aborted
         if fault.evicts_connection and not context.is_disconnect and self._cluster.has_server:
             # SQLAlchemy would keep it, and pre_ping would call it healthy for ever: it is, but it leads to the
             # wrong node, or its session is beyond repair.
@@ -174,7 +223,7 @@ class _Hooks:
         """Whether a write was refused because the application itself asked for a READ ONLY transaction."""
         connection = context.connection
         options = connection.get_execution_options() if connection is not None else {}
-        if options.get("postgresql_readonly"):
+        if options.get("postgresql_readonly") or options.get(reading.READ_ONLY):
             return True
         # A pooler may have told the driver of the server that it had before.
         node = getattr(record, "node", None)
@@ -187,6 +236,18 @@ def _cannot_have_written(record: Any) -> bool:
     node must say so: a read that fell back to the primary could write, a replica may have been promoted."""
     node = getattr(record, "node", None)
     return is_read_only() and node is not None and node.role == "replica"
+
+
+def _aborted(record: Any) -> TransactionAborted:
+    """What to say of a COMMIT that the server answers with ROLLBACK. Of the failed statement only the words are kept:
+    its traceback would keep the connection out of the pool."""
+    said, retryable = getattr(record, "failed_with", None) or ("an error that was caught", False)
+    error = TransactionAborted(
+        f"a statement in this transaction had failed ({said}), so that the server rolls all of it back: nothing is "
+        "committed; use a savepoint (begin_nested) around a statement that may fail"
+    )
+    error.retryable = retryable
+    return error
 
 
 _COMMIT_MARK = "_resilientdb_at_commit"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import TwoPhaseTransaction
 from sqlalchemy.sql.expression import SelectBase
 
+from resilientdb.engine.compat import record_of
 from resilientdb.runtime.context import is_read_only
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
     from resilientdb.engine.drivers import Driver
 
-__all__ = ["attach", "is_plain_read"]
+__all__ = ["READ_ONLY", "attach", "is_plain_read"]
+
+READ_ONLY: Final = "resilientdb_read_only"
+"""The execution option of a connection whose transaction, once there is one at the server, is to be READ ONLY."""
 
 
 def attach(engine: Engine, driver: Driver) -> None:
@@ -68,14 +72,18 @@ class _Reads:
     def _do_execute(self, cursor: Any, statement: Any, parameters: Any, context: Any) -> None:
         if is_read_only() and self._may_go_alone(statement, context):
             self._go_alone(context, self._execute, cursor, statement, parameters, context)
-        else:
-            self._execute(cursor, statement, parameters, context)
+            return
+        if READ_ONLY in context.execution_options:
+            self._declare(context)
+        self._execute(cursor, statement, parameters, context)
 
     def _do_execute_no_params(self, cursor: Any, statement: Any, context: Any = None) -> None:
         if is_read_only() and context is not None and self._may_go_alone(statement, context):
             self._go_alone(context, self._execute_no_params, cursor, statement, context)
-        else:
-            self._execute_no_params(cursor, statement, context)
+            return
+        if context is not None and READ_ONLY in context.execution_options:
+            self._declare(context)
+        self._execute_no_params(cursor, statement, context)
 
     def _may_go_alone(self, statement: Any, context: Any) -> bool:
         """Whether the statement itself allows it."""
@@ -103,6 +111,8 @@ class _Reads:
         connection = context.root_connection.connection.dbapi_connection
         default = None if self._level_is_set else getattr(self._dialect, "default_isolation_level", None)
         if not self._driver.may_withhold_begin(connection, default):
+            if READ_ONLY in context.execution_options:
+                self._declare(context)
             execute(*arguments)
             return
         try:
@@ -120,6 +130,20 @@ class _Reads:
             execute(*arguments)
         finally:
             self._driver.allow_begin(connection)
+
+    def _declare(self, context: Any) -> None:
+        """Begin READ ONLY, if it is this statement that begins. A replica does not need to be told."""
+        checked_out = context.root_connection.connection
+        connection = checked_out.dbapi_connection
+        node = getattr(record_of(checked_out), "node", None)
+        if not self._driver.is_idle(connection) or (node is not None and node.role == "replica"):
+            return
+        cursor = connection.cursor()
+        try:
+            # Not by the drivers' own attributes: SQLAlchemy sets those back to READ WRITE, which a replica refuses.
+            self._driver.begin_with(connection, cursor, "SET TRANSACTION READ ONLY")
+        finally:
+            cursor.close()
 
 
 _MOST_VERDICTS: Final = 2000

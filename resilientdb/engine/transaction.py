@@ -2,137 +2,456 @@
 
 A statement inside a transaction cannot be retried: what came before it is lost with it. The unit of retry is the
 function that does the whole of the transaction's work, from BEGIN to COMMIT. It is run again on a serialization
-failure, a deadlock, a connection lost before COMMIT was sent, or a node that turned out not to be the primary. Once
-COMMIT was sent and its reply lost, nothing is run again: ``CommitOutcomeUnknown``.
+failure, a deadlock, a connection lost before COMMIT was sent, or a node that turned out not to be the primary.
+Once COMMIT was sent and its reply lost, nothing is run again (``CommitOutcomeUnknown``), unless
+``exactly_once=True``: then it is first found out what became of it (``once``).
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import inspect
 import time
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
-from sqlalchemy import Engine
-
-from resilientdb.engine import retrying
-from resilientdb.engine.control import cluster_of
-from resilientdb.errors import ConfigurationError
-from resilientdb.policy.faults import classify
+from resilientdb.engine import outcome, retrying
+from resilientdb.engine.compat import await_only, greenlet_spawn
+from resilientdb.engine.once import Once
+from resilientdb.engine.once import resolve as _resolve
+from resilientdb.engine.outcome import TokenTable
+from resilientdb.engine.reading import READ_ONLY
+from resilientdb.engine.targets import Target
+from resilientdb.errors import CommitOutcomeUnknown, ConfigurationError, TransactionAborted
+from resilientdb.policy.faults import Fault, classify
 from resilientdb.runtime.context import current_deadline, deadline
 from resilientdb.runtime.context import read_only as read_only_scope
 
 if TYPE_CHECKING:
+    import uuid
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from resilientdb.engine.cluster import Cluster
+    from resilientdb.engine.outcome import CommitOutcome
 
-__all__ = ["run_transaction", "run_transaction_async"]
+__all__ = [
+    "IsolationLevel",
+    "install",
+    "install_async",
+    "purge",
+    "purge_async",
+    "resolve",
+    "resolve_async",
+    "run_transaction",
+    "run_transaction_async",
+    "transactional",
+]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
+
+IsolationLevel = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 
 
 def run_transaction(
-    target: Any, function: Callable[..., T], /, *args: Any, read_only: bool = False, **kwargs: Any
+    target: Any,
+    function: Callable[..., T],
+    /,
+    *args: Any,
+    read_only: bool = False,
+    exactly_once: bool | TokenTable = False,
+    isolation_level: IsolationLevel | None = None,
+    **kwargs: Any,
 ) -> T:
     """Run ``function(connection_or_session, *args, **kwargs)`` in a transaction and commit it; retry as a whole.
 
-    ``target``: an ``Engine`` made by this library (the function gets a ``Connection``) or a ``sessionmaker`` or
-    other session factory bound to one (a ``Session``); each attempt gets a fresh one. The function must be safe
-    to run again: no effects outside the database. ``read_only=True``: a replica may serve it. Attempts, pauses
-    and their total are ``RetryPolicy``'s, within the caller's ``deadline()`` or the configured default one.
+    ``target``: an ``Engine`` made by this library (the function gets a ``Connection``), a ``sessionmaker`` bound to
+    one (a ``Session``), or any function that makes one of the two; each attempt gets a fresh one. The function must
+    be safe to run again: no effects outside the database. Attempts, pauses and their total are ``RetryPolicy``'s,
+    within the caller's ``deadline()`` or the configured default one.
+
+    ``read_only=True``: a replica may serve it, and PostgreSQL refuses to write (READ ONLY; with SERIALIZABLE also
+    DEFERRABLE, on the primary). ``isolation_level``: of this transaction; None = as configured.
+
+    ``exactly_once=True``: when a COMMIT's reply is lost, find out what became of it, and run the function again only
+    if it was not committed. Needs the table that ``install(engine)`` creates; a ``TokenTable`` says which, if it is
+    another.
 
     Returns what the function returned in the attempt that was committed. Raises the last real error, or
-    ``CommitOutcomeUnknown`` when a COMMIT's reply was lost.
+    ``CommitOutcomeUnknown`` when a COMMIT's reply was lost: with ``exactly_once``, only when what became of it could
+    not be learned in time, and with the ``key`` that ``resolve()`` takes later.
     """
     if inspect.iscoroutinefunction(function):
         raise ConfigurationError(
             "run_transaction got an async function: use run_transaction_async", key="function"
         )
-    cluster = _cluster_behind(target, is_async=False)
+    how = _How(target, False, read_only, exactly_once, isolation_level)
+    begin = how.target.begin
 
     def attempt() -> T:
-        with target.begin() as work:
+        with begin() as work:
             return function(work, *args, **kwargs)
 
-    with _scopes(cluster, read_only=read_only):
+    if how.table is not None:
+        attempt = Once(
+            _Thread(how.target), how.cluster, how.table, lambda work: function(work, *args, **kwargs)
+        ).run
+
+    with how.scopes():
         try:
             return attempt()
         except Exception as error:
-            if not cluster.resilience.enabled or not _may_run_again(error):
+            if not how.cluster.resilience.enabled or not how.may_run_again(error):
                 raise
             first = error
-        return retrying.loop(attempt, first, cluster.resilience.retry, time.sleep, **_rules(cluster))
+        return retrying.loop(attempt, first, how.cluster.resilience.retry, time.sleep, **how.rules())
 
 
 async def run_transaction_async(
-    target: Any, function: Callable[..., Awaitable[T]], /, *args: Any, read_only: bool = False, **kwargs: Any
+    target: Any,
+    function: Callable[..., Awaitable[T]],
+    /,
+    *args: Any,
+    read_only: bool = False,
+    exactly_once: bool | TokenTable = False,
+    isolation_level: IsolationLevel | None = None,
+    **kwargs: Any,
 ) -> T:
     """As ``run_transaction``, for an ``AsyncEngine`` or ``async_sessionmaker`` and an async function."""
-    cluster = _cluster_behind(target, is_async=True)
+    how = _How(target, True, read_only, exactly_once, isolation_level)
+    begin = how.target.begin_async
+
+    def call(work: Any) -> Awaitable[T]:
+        result = function(work, *args, **kwargs)
+        if not inspect.isawaitable(result):
+            raise ConfigurationError(
+                "run_transaction_async needs an async function; for a plain one use run_transaction",
+                key="function",
+            )
+        return result
 
     async def attempt() -> T:
-        async with target.begin() as work:
-            result = function(work, *args, **kwargs)
-            if not inspect.isawaitable(result):
-                raise ConfigurationError(
-                    "run_transaction_async needs an async function; for a plain one use run_transaction",
-                    key="function",
-                )
-            return await result
+        async with begin() as work:
+            return await call(work)
 
-    with _scopes(cluster, read_only=read_only):
+    if how.table is not None:
+        once = Once(_Task(how.target), how.cluster, how.table, lambda work: await_only(_awaiting(call(work))))
+        attempt = functools.partial(greenlet_spawn, once.run)
+
+    with how.scopes():
         try:
             return await attempt()
         except Exception as error:
-            if not cluster.resilience.enabled or not _may_run_again(error):
+            if not how.cluster.resilience.enabled or not how.may_run_again(error):
                 raise
             first = error
-        return await retrying.async_loop(attempt, first, cluster.resilience.retry, **_rules(cluster))
+        return await retrying.async_loop(attempt, first, how.cluster.resilience.retry, **how.rules())
 
 
-def _is_async_engine(target: Any) -> bool:
-    # By its shape: importing SQLAlchemy's asyncio extension brings the whole ORM along.
-    return isinstance(getattr(target, "sync_engine", None), Engine)
+def transactional(
+    target: Any,
+    /,
+    *,
+    read_only: bool = False,
+    exactly_once: bool | TokenTable = False,
+    isolation_level: IsolationLevel | None = None,
+) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[P, R]]:
+    """``run_transaction`` as a decorator, for plain and for async functions.
+
+    The function's first parameter is the connection or session; callers leave it out::
+
+        @rdb.transactional(engine, exactly_once=True)
+        def transfer(connection, giver, taker, amount): ...
 
 
-def _cluster_behind(target: Any, *, is_async: bool) -> Cluster:
-    is_engine = isinstance(target, Engine) or _is_async_engine(target)
-    engine = target if is_engine else getattr(target, "kw", {}).get("bind")
-    if engine is None:
-        raise ConfigurationError(
-            f"{type(target).__name__} is neither an engine nor a sessionmaker with a bind: give one of them",
-            key="target",
-        )
-    if _is_async_engine(engine) is not is_async:
-        name, other = "run_transaction", "run_transaction_async"
-        if is_async:
-            name, other = other, name
-        raise ConfigurationError(
-            f"{name} got {'a sessionmaker of ' * (not is_engine)}an {type(engine).__name__}: use {other}",
-            key="target",
-        )
-    return cluster_of(engine)
-
-
-@contextlib.contextmanager
-def _scopes(cluster: Cluster, *, read_only: bool) -> Any:
-    with contextlib.ExitStack() as stack:
-        if read_only:
-            stack.enter_context(read_only_scope())
-        if current_deadline() is None:
-            stack.enter_context(deadline(cluster.resilience.deadline))
-        yield
-
-
-def _may_run_again(error: BaseException) -> bool:
-    fault = classify(error)
-    return fault.retry_transaction
-
-
-def _rules(cluster: Cluster) -> dict[str, Any]:
-    return {
-        "is_retryable": _may_run_again,
-        "spend": cluster.spend_retry,
-        "announce": cluster.announce_transaction_retry,
+        transfer("alice", "bob", 10)
+    """
+    options: Any = {
+        "read_only": read_only,
+        "exactly_once": exactly_once,
+        "isolation_level": isolation_level,
     }
+
+    def decorate(function: Callable[Concatenate[Any, P], R]) -> Callable[P, R]:
+        run: Any = run_transaction_async if inspect.iscoroutinefunction(function) else run_transaction
+
+        @functools.wraps(function)
+        def in_transaction(*args: P.args, **kwargs: P.kwargs) -> R:
+            # Bound first: its parameters may have the names of ours.
+            bound = functools.partial(_call, function, args, kwargs)
+            result: R = run(target, bound, **options)
+            return result
+
+        @functools.wraps(function)
+        async def in_transaction_async(*args: P.args, **kwargs: P.kwargs) -> Any:
+            return await run(target, functools.partial(_call, function, args, kwargs), **options)
+
+        if inspect.iscoroutinefunction(function):
+            return in_transaction_async  # type: ignore[return-value]
+        return in_transaction
+
+    return decorate
+
+
+# -- what exactly_once stands on ------------------------------------------------------------------------------------
+
+
+def install(engine: Engine, *, table: TokenTable = TokenTable()) -> None:  # noqa: B008 - frozen
+    """Create the table that ``exactly_once=True`` needs, if it is not there. Its schema, if one is named, must be."""
+    target = Target(engine, is_async=False)
+    with target.begin() as connection:
+        outcome.create(connection, table)
+
+
+async def install_async(engine: AsyncEngine, *, table: TokenTable = TokenTable()) -> None:  # noqa: B008
+    """As ``install``, for an ``AsyncEngine``."""
+    target = Target(engine, is_async=True)
+    async with target.begin_async() as connection:
+        await connection.run_sync(outcome.create, table)
+
+
+def purge(
+    engine: Engine,
+    *,
+    older_than: float = 7 * 86_400.0,
+    batch: int = 1000,
+    table: TokenTable = TokenTable(),  # noqa: B008
+) -> int:
+    """Forget the transactions that began longer ago than that, in seconds; returns how many those were.
+
+    Each ``batch`` is a transaction of its own. What is forgotten can no longer be resolved: ``resolve()`` says
+    ``"unknown"`` of it. Must be longer than any caller goes on asking: at least 60 seconds.
+    """
+    _check_purge(older_than, batch)
+    target = Target(engine, is_async=False)
+    total = 0
+    while True:
+        with target.begin() as connection:
+            deleted = outcome.purge_some(connection, table, older_than, batch)
+        total += deleted
+        if deleted < batch:
+            return total
+
+
+async def purge_async(
+    engine: AsyncEngine,
+    *,
+    older_than: float = 7 * 86_400.0,
+    batch: int = 1000,
+    table: TokenTable = TokenTable(),  # noqa: B008
+) -> int:
+    """As ``purge``, for an ``AsyncEngine``."""
+    _check_purge(older_than, batch)
+    target = Target(engine, is_async=True)
+    total = 0
+    while True:
+        async with target.begin_async() as connection:
+            deleted: int = await connection.run_sync(outcome.purge_some, table, older_than, batch)
+        total += deleted
+        if deleted < batch:
+            return total
+
+
+def resolve(engine: Engine, key: uuid.UUID, *, table: TokenTable = TokenTable()) -> CommitOutcome:  # noqa: B008
+    """What became of the transaction whose ``CommitOutcomeUnknown`` carries ``key``.
+
+    ``"committed"``: it is, and as durably as this engine's own transactions are. ``"aborted"``: it is not, and never
+    will be. ``"unknown"``: it is still open when the deadline, or ``RetryPolicy.timeout``, is over; or its key has
+    been purged. Raises the last real error when the database cannot be asked.
+    """
+    target = Target(engine, is_async=False)
+    with _default_deadline(target.cluster):
+        return _resolve(_Thread(target), target.cluster, table, key)
+
+
+async def resolve_async(
+    engine: AsyncEngine,
+    key: uuid.UUID,
+    *,
+    table: TokenTable = TokenTable(),  # noqa: B008
+) -> CommitOutcome:
+    """As ``resolve``, for an ``AsyncEngine``."""
+    target = Target(engine, is_async=True)
+    with _default_deadline(target.cluster):
+        return await greenlet_spawn(_resolve, _Task(target), target.cluster, table, key)
+
+
+def _check_purge(older_than: float, batch: int) -> None:
+    if not older_than >= 60:
+        raise ConfigurationError(
+            f"older_than must be 60 seconds or more, or a transaction could be forgotten while its outcome is looked "
+            f"for; got {older_than!r}",
+            key="older_than",
+            value=older_than,
+        )
+    if not batch >= 1:
+        raise ConfigurationError(f"batch must be 1 or more; got {batch!r}", key="batch", value=batch)
+
+
+# -- inside ---------------------------------------------------------------------------------------------------------
+
+
+class _Thread:
+    """``once.Hands`` of a thread."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def begin(self) -> AbstractContextManager[Any]:
+        return self._target.begin()
+
+    def connection(self, work: Any) -> Connection:
+        return self._target.connection(work)
+
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class _Task:
+    """``once.Hands`` of a task, used in a greenlet of it."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def begin(self) -> AbstractContextManager[Any]:
+        return _Awaited(self._target.begin_async())
+
+    def connection(self, work: Any) -> Connection:
+        return self._target.connection_in_greenlet(work)
+
+    def pause(self, seconds: float) -> None:
+        await_only(asyncio.sleep(seconds))
+
+
+class _Awaited(contextlib.AbstractContextManager[Any]):
+    """An asynchronous context manager, entered and left in a greenlet."""
+
+    def __init__(self, manager: AbstractAsyncContextManager[Any]) -> None:
+        self._manager = manager
+
+    def __enter__(self) -> Any:
+        return await_only(self._manager.__aenter__())
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return await_only(self._manager.__aexit__(*error))
+
+
+class _Running:
+    """A transaction under way, as seen from inside its function."""
+
+    __slots__ = ("cluster", "ended", "outer")
+
+    def __init__(self, cluster: Cluster, outer: _Running | None) -> None:
+        self.cluster = cluster
+        self.outer = outer
+        self.ended = False
+        """A task started in the function may outlive it, and keeps its context."""
+
+    def is_on(self, cluster: Cluster) -> bool:
+        return (self.cluster is cluster and not self.ended) or (
+            self.outer is not None and self.outer.is_on(cluster)
+        )
+
+
+_running: ContextVar[_Running | None] = ContextVar("resilientdb_transaction", default=None)
+
+
+class _How:
+    """What one call asks for, checked."""
+
+    def __init__(
+        self,
+        target: Any,
+        is_async: bool,
+        read_only: bool,
+        exactly_once: bool | TokenTable,
+        isolation_level: str | None,
+    ) -> None:
+        level = isolation_level.upper().replace("_", " ") if isolation_level is not None else None
+        serializable = level == "SERIALIZABLE"
+        options: dict[str, Any] = {}
+        if level is not None:
+            options["isolation_level"] = level
+        declaration = None
+        if read_only and serializable:
+            declaration = "SET TRANSACTION READ ONLY, DEFERRABLE"
+        elif read_only:
+            options[READ_ONLY] = True
+        self.table: TokenTable | None = None
+        if exactly_once:
+            self.table = exactly_once if isinstance(exactly_once, TokenTable) else TokenTable()
+            if read_only:
+                raise ConfigurationError(
+                    "exactly_once=True contradicts read_only=True: there is nothing that could be done twice",
+                    key="exactly_once",
+                )
+        if level == "AUTOCOMMIT":
+            raise ConfigurationError("AUTOCOMMIT is no transaction", key="isolation_level", value=level)
+        self.target = Target(target, is_async=is_async, options=options, declaration=declaration)
+        self.cluster = self.target.cluster
+        if self.table is not None:
+            outcome.language_of(self.cluster.dialect)
+        running = _running.get()
+        if running is not None and not read_only and running.is_on(self.cluster):
+            raise ConfigurationError(
+                "run_transaction inside the function of another one, of the same engine: a retry of the outer would "
+                "run the inner again, though it is committed already, and each needs a connection of its own; pass "
+                "the connection or session on, or open an independent transaction with engine.begin()",
+                key="target",
+            )
+        self._read_only = read_only
+        # PostgreSQL has no SERIALIZABLE on a standby; DEFERRABLE, on the primary, never conflicts with anybody.
+        self._may_use_replica = read_only and not serializable
+        self._writes_nothing = read_only and self.cluster.dialect.name == "postgresql"
+
+    @contextlib.contextmanager
+    def scopes(self) -> Any:
+        running = _Running(self.cluster, _running.get())
+        token = _running.set(running)
+        try:
+            with contextlib.ExitStack() as stack:
+                if self._may_use_replica:
+                    stack.enter_context(read_only_scope())
+                stack.enter_context(_default_deadline(self.cluster))
+                yield
+        finally:
+            running.ended = True
+            _running.reset(token)
+
+    def may_run_again(self, error: BaseException) -> bool:
+        if isinstance(error, TransactionAborted):
+            return error.retryable
+        if self._writes_nothing and isinstance(error, CommitOutcomeUnknown):
+            return True  # a READ ONLY transaction has nothing to be in doubt about
+        fault = classify(error)
+        if self._writes_nothing and fault is Fault.WRONG_ROLE:
+            return False  # a write, in a transaction that was said to have none
+        return fault.retry_transaction
+
+    def rules(self) -> dict[str, Any]:
+        return {
+            "is_retryable": self.may_run_again,
+            "spend": self.cluster.spend_retry,
+            "announce": self.cluster.announce_transaction_retry,
+        }
+
+
+def _default_deadline(cluster: Cluster) -> AbstractContextManager[Any]:
+    return (
+        contextlib.nullcontext() if current_deadline() is not None else deadline(cluster.resilience.deadline)
+    )
+
+
+async def _awaiting(awaitable: Awaitable[T]) -> T:
+    return await awaitable
+
+
+def _call(function: Callable[..., R], args: Any, kwargs: Any, work: Any) -> R:
+    return function(work, *args, **kwargs)

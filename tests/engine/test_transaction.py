@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
+import functools
+import inspect
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +185,82 @@ def test_misuse_is_explained(sqlite: sa.Engine, tmp_path: Path) -> None:
     asyncio.run(foreign.dispose())
 
 
+def test_a_function_that_makes_connections_or_sessions(sqlite: sa.Engine) -> None:
+    makers: list[Any] = [
+        sqlite.connect,
+        functools.partial(sa.Engine.connect, sqlite),
+        lambda: orm.Session(sqlite),
+        orm.scoped_session(orm.sessionmaker(sqlite)),
+    ]
+    for number, maker in enumerate(makers):
+        runs: list[int] = []
+
+        def work(work: Any, number: int, runs: list[int] = runs) -> int:
+            runs.append(1)
+            return insert(work, number, fail=lost() if len(runs) == 1 else None)
+
+        assert rdb.run_transaction(maker, work, number) == number
+        assert len(runs) == 2
+    assert stored(sqlite) == [0, 1, 2, 3]
+    pool: Any = sqlite.pool
+    assert pool.checkedout() == 0
+
+
+def test_what_is_in_use_already_cannot_be_retried(sqlite: sa.Engine) -> None:
+    with sqlite.connect() as connection, pytest.raises(rdb.ConfigurationError, match="an open Connection"):
+        rdb.run_transaction(connection, insert, 1)
+    with orm.Session(sqlite) as session:
+        with pytest.raises(rdb.ConfigurationError, match="an open Session"):
+            rdb.run_transaction(session, insert, 1)
+        session.execute(sa.text("SELECT 1"))
+        with pytest.raises(rdb.ConfigurationError, match="in a transaction already"):
+            rdb.run_transaction(lambda: session, insert, 1)
+    assert stored(sqlite) == []
+
+
+def test_one_inside_another_is_refused(sqlite: sa.Engine, tmp_path: Path) -> None:
+    def outer(connection: sa.Connection, engine: sa.Engine, **options: Any) -> int:
+        return rdb.run_transaction(engine, lambda _: 1, **options)
+
+    with pytest.raises(rdb.ConfigurationError, match="inside the function of another"):
+        rdb.run_transaction(sqlite, outer, sqlite)
+    assert rdb.run_transaction(sqlite, lambda c: outer(c, sqlite, read_only=True)) == 1, "a read is harmless"
+    other = rdb.create_engine(f"sqlite:///{tmp_path}/other.db")
+    assert rdb.run_transaction(sqlite, outer, other) == 1, "of another engine it is"
+    other.dispose()
+    contexts: list[contextvars.Context] = []
+    rdb.run_transaction(sqlite, lambda _: contexts.append(contextvars.copy_context()))
+    assert contexts[0].run(rdb.run_transaction, sqlite, insert, 7) == 7, "what outlives it is not inside"
+
+
+def test_the_decorator(sqlite: sa.Engine, tmp_path: Path) -> None:
+    tries: list[int] = []
+
+    @rdb.transactional(sqlite)
+    def add(connection: sa.Connection, number: int, *, read_only: str = "") -> str:
+        """Adds."""
+        tries.append(1)
+        insert(connection, number, fail=lost() if len(tries) == 1 else None)
+        return read_only
+
+    assert add(1, read_only="its own") == "its own"
+    assert (add.__name__, add.__doc__, len(tries), stored(sqlite)) == ("add", "Adds.", 2, [1])
+    engine = rdb.create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/t.db", resilience=QUICK)
+
+    @rdb.transactional(engine)
+    async def add_async(connection: Any, number: int) -> int:
+        await connection.execute(sa.text("INSERT INTO t VALUES (:n)"), {"n": number})
+        return number
+
+    async def main() -> None:
+        assert await add_async(2) == 2
+        await engine.dispose()
+
+    assert inspect.iscoroutinefunction(add_async)
+    asyncio.run(main())
+    assert stored(sqlite) == [1, 2]
+
+
 # -- on a real server -----------------------------------------------------------------------------------------------
 
 
@@ -345,6 +425,150 @@ def test_async_serialization_failure_lost_connection_and_commit_in_doubt(
 
     asyncio.run(main())
     assert balance(accounts)[1] == 11
+
+
+SWALLOWED = [("psycopg", False), ("psycopg2", False), ("psycopg", True), ("asyncpg", True)]
+
+
+@pytest.mark.parametrize(("driver", "is_async"), SWALLOWED)
+def test_a_commit_of_an_aborted_transaction_is_a_failure(
+    resilientdb_postgres: Postgres, accounts: sa.Engine, driver: str, is_async: bool
+) -> None:
+    """The server answers ROLLBACK, and the driver says nothing of it."""
+
+    def swallow(connection: sa.Connection) -> None:
+        connection.execute(sa.text("UPDATE acct SET n = 5 WHERE id = 1"))
+        with contextlib.suppress(exc.DBAPIError):
+            connection.execute(sa.text("SELECT 1/0"))
+
+    def usable_afterwards(connection: sa.Connection) -> None:
+        swallow(connection)
+        with pytest.raises(rdb.TransactionAborted):
+            connection.commit()
+        connection.rollback()
+        assert connection.scalar(sa.text("SELECT 1")) == 1
+        connection.commit()
+
+    def spare(connection: sa.Connection) -> None:
+        connection.execute(sa.text("UPDATE acct SET n = 6 WHERE id = 1"))
+        with contextlib.suppress(exc.DBAPIError), connection.begin_nested():
+            connection.execute(sa.text("SELECT 1/0"))
+
+    runs: list[int] = []
+
+    def deadlocked(connection: sa.Connection) -> None:
+        runs.append(1)
+        if len(runs) == 1:
+            with contextlib.suppress(exc.DBAPIError):
+                connection.execute(
+                    sa.text("DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = 'deadlock_detected'; END $$")
+                )
+
+    async def main() -> None:
+        engine = rdb.create_async_engine(
+            resilientdb_postgres.url(driver), resilience=QUICK, pool_size=1, max_overflow=0
+        )
+        with pytest.raises(rdb.TransactionAborted, match="22012") as caught:
+            async with engine.begin() as connection:
+                await connection.run_sync(swallow)
+        async with engine.connect() as connection:
+            await connection.run_sync(usable_afterwards)
+        assert not caught.value.retryable
+        with pytest.raises(rdb.TransactionAborted):
+            await rdb.run_transaction_async(engine, lambda connection: connection.run_sync(swallow))
+        await rdb.run_transaction_async(engine, lambda connection: connection.run_sync(deadlocked))
+        async with engine.begin() as connection:
+            await connection.run_sync(spare)
+        await engine.dispose()
+
+    if is_async:
+        asyncio.run(main())
+    else:
+        engine = rdb.create_engine(
+            resilientdb_postgres.url(driver), resilience=QUICK, pool_size=1, max_overflow=0
+        )
+        with pytest.raises(rdb.TransactionAborted, match="22012") as caught, engine.begin() as connection:
+            swallow(connection)
+        with engine.connect() as connection:
+            usable_afterwards(connection)
+        assert not caught.value.retryable
+        assert balance(accounts)[1] == 0
+        with pytest.raises(rdb.TransactionAborted):
+            rdb.run_transaction(orm.sessionmaker(engine), lambda session: swallow(session.connection()))
+        rdb.run_transaction(engine, deadlocked)
+        with engine.begin() as connection:
+            spare(connection)
+        engine.dispose()
+    assert len(runs) == 2, "what another run may mend is run again"
+    assert balance(accounts)[1] == 6
+
+
+LEVEL = sa.text(
+    "SELECT current_setting('transaction_isolation') || ' ' || current_setting('transaction_read_only') || ' ' || "
+    "current_setting('transaction_deferrable'), nullif(txid_current_if_assigned(), 0)"
+)
+"""The last function because it is none of those that are called without a transaction."""
+
+
+def test_isolation_and_read_only(engine: sa.Engine, accounts: sa.Engine) -> None:
+    def look(work: Any) -> str:
+        return str(work.scalar(LEVEL))
+
+    for target in (engine, orm.sessionmaker(engine)):
+        assert rdb.run_transaction(target, look) == "read committed off off"
+        assert rdb.run_transaction(target, look, read_only=True) == "read committed on off"
+        assert (
+            rdb.run_transaction(target, look, isolation_level="SERIALIZABLE", read_only=True)
+            == "serializable on on"
+        )
+        assert (
+            rdb.run_transaction(target, look, isolation_level="REPEATABLE READ", read_only=True)
+            == "repeatable read on off"
+        )
+        assert (
+            rdb.run_transaction(target, look, isolation_level="REPEATABLE READ") == "repeatable read off off"
+        )
+        assert rdb.run_transaction(target, look) == "read committed off off", "nothing is left of it"
+    with pytest.raises(rdb.ConfigurationError, match="AUTOCOMMIT"):
+        rdb.run_transaction(engine, look, isolation_level="AUTOCOMMIT")  # type: ignore[arg-type]
+
+
+def test_a_write_in_a_read_only_transaction_is_the_functions_mistake(
+    engine: sa.Engine, accounts: sa.Engine
+) -> None:
+    events, attempts, backends = listen(engine), [], set()
+
+    def work(connection: sa.Connection) -> None:
+        attempts.append(1)
+        backends.add(connection.scalar(sa.text("SELECT pg_backend_pid()")))
+        connection.execute(sa.text("UPDATE acct SET n = 1 WHERE id = 1"))
+
+    for _ in range(2):
+        with pytest.raises(exc.DBAPIError) as caught:
+            rdb.run_transaction(engine, work, read_only=True)
+        assert getattr(caught.value.orig, "sqlstate", getattr(caught.value.orig, "pgcode", "")) == "25006"
+    assert (len(attempts), len(backends), retries(events)) == (2, 1, [])
+    assert balance(accounts)[1] == 0
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_async_isolation_and_read_only(resilientdb_postgres: Postgres, driver: str) -> None:
+    async def look(work: Any) -> str:
+        return str(await work.scalar(LEVEL))
+
+    async def main() -> None:
+        engine = rdb.create_async_engine(resilientdb_postgres.url(driver), resilience=QUICK)
+        run = rdb.run_transaction_async
+        for target in (engine, async_sessionmaker(engine), engine.connect):
+            assert await run(target, look, read_only=True) == "read committed on off"
+            assert (
+                await run(target, look, isolation_level="SERIALIZABLE", read_only=True)
+                == "serializable on on"
+            )
+            assert await run(target, look) == "read committed off off"
+        await engine.dispose()
+
+    asyncio.run(main())
 
 
 SLOW_COMMIT = [
