@@ -115,13 +115,9 @@ class _Hooks:
 
     def _cut(self, record: Any) -> None:
         """Cut the connection now; whoever waits for it finds it lost."""
-        watch: Watch | None = getattr(record, "watch", None)
+        watch = self._watch_of(record)
         if watch is None:
-            fd = self._cluster.driver.socket_fd(record.dbapi_connection)
-            if fd is None:
-                return
-            record.watch = watch = Watch(fd)
-            record.owes = True
+            return
         watch.still_wanted = None
         watch.at = now = monotonic()
         watch.fire(now)
@@ -147,17 +143,22 @@ class _Hooks:
             self._appoint(record, deadline, deadline.expires_at)
 
     def _appoint(self, record: Any, deadline: Deadline, at: float) -> None:
-        watch: Watch | None = getattr(record, "watch", None)
-        if watch is not None and watch.at == at:
+        watch = self._watch_of(record)
+        if watch is None or watch.at == at:
             return
+        watch.still_wanted = deadline.is_in_force
+        watchdog.appoint(watch, at)
+
+    def _watch_of(self, record: Any) -> Watch | None:
+        """The record's appointment with the watchdog, made if it has none; None: there is no socket to be cut."""
+        watch: Watch | None = getattr(record, "watch", None)
         if watch is None:
             fd = self._cluster.driver.socket_fd(record.dbapi_connection)
             if fd is None:
-                return
+                return None
             record.watch = watch = Watch(fd)
             record.owes = True
-        watch.still_wanted = deadline.is_in_force
-        watchdog.appoint(watch, at)
+        return watch
 
     # -- after ------------------------------------------------------------------------------------------------
 

@@ -201,10 +201,6 @@ class SharedSlots(Slots):
         self._total += 1
         return self._bare()
 
-    def _settle_without_record(self, token: object) -> None:
-        self._tokens.discard(token)
-        self._settle(None)
-
     def _lacks_record(self) -> bool:
         return False  # whether a record owns a slot changes with each use: its token does not tell
 
