@@ -193,6 +193,7 @@ class Door(Pool):
 
     def _ask(self) -> Permit:
         """A permit from a circuit that is not closed: a probe's, or a refusal."""
+        self.cluster.is_curious = True
         self.cluster.wake()
         permit = self._breaker.try_acquire()
         if permit is None:

@@ -27,12 +27,14 @@ soon as the failures of the slow start reach ``failure_rate_threshold``, be they
 does. (If any failure opened it, a node that fails one call in ten, which is no reason to open, would hardly ever
 get through.)
 
-A **permit** says in which state a call was let through. An outcome is counted only while that state lasts, so
-a late result from before the trip neither closes nor opens anything (``failsafe-go`` counts such results as
-probes). An outcome is *success* (the node answered, even with an error of the application's own), *slow success*,
-*failure*, or *inconclusive* (the caller was cancelled, waited locally, or never asked). A permit for one call (a
-probe, or a call of the slow start) that has no outcome after ``reset_timeout`` gives its place to another, and
-what is reported under it later counts for nothing.
+A **permit** says in which state a call was let through. An outcome is counted only while that state lasts, so a
+late result from before the trip neither closes nor opens anything (``failsafe-go`` counts such results as
+probes). The permit of a probe, or of a call of the slow start, is for the node's *first answer*: who has it
+goes on under the permit of the closed period (``following``), and does not keep others out while it holds its
+connection. An outcome is *success* (the node answered, even with an error of the application's own), *slow
+success*, *failure*, or *inconclusive* (the caller was cancelled, waited locally, or never asked). A permit for
+one call (a probe, or a call of the slow start) that has no outcome after ``reset_timeout`` gives its place to
+another, and what is reported under it later counts for nothing.
 """
 
 from __future__ import annotations
@@ -105,6 +107,7 @@ class BreakerCore:
         "_closed_at",
         "_longest",
         "_opened_at",
+        "_period",
         "_policy",
         "_probed",
         "_probes",
@@ -148,8 +151,10 @@ class BreakerCore:
         self._tried = False
         """Whether it opened because a call failed that was let through to see whether the node is well again."""
         self.state: str = CLOSED
-        self.closed_permit: Permit | None = Permit(probe=False, issued_at=now)
-        """The permit of the present closed period; None in any other state, and during the slow start."""
+        self._period: Permit | None = Permit(probe=False, issued_at=now)
+        """The permit of the present closed period; None in any other state."""
+        self.closed_permit: Permit | None = self._period
+        """The same, for everybody to take without asking: None also during the slow start."""
         self.failing_since = now
         """When the node last showed that it fails, while open."""
 
@@ -175,7 +180,12 @@ class BreakerCore:
 
     def is_current(self, permit: Permit) -> bool:
         """Whether an outcome under ``permit`` still counts."""
-        return permit is self.closed_permit or permit in self._probes
+        return permit is self._period or permit in self._probes
+
+    @property
+    def following(self) -> Permit | None:
+        """Under which permit a call goes on that has had an answer; None: what becomes of it counts for nothing."""
+        return self._period
 
     def record_success(self, permit: Permit, now: float) -> Transition | None:
         """The node answered the call made under ``permit``."""
@@ -193,16 +203,16 @@ class BreakerCore:
 
     def record_slow(self, permit: Permit, now: float) -> Transition | None:
         """The node answered, but took longer than ``slow_call_duration``."""
-        if permit is not self.closed_permit:
+        if permit is not self._period:
             if permit not in self._probes:
                 return None
             if self.state == HALF_OPEN:
                 return self._move(OPEN, now, "a probe was answered too slowly")
             # The slow start goes on, but asks no more at once of a node that is slow already.
             del self._probes[permit]
+            if self.closed_permit is None:
+                self._come_nearer(now)
         self._window.slow_success(now)
-        if self.closed_permit is None:
-            self._come_nearer(now)
         good, bad = self._window.totals(now)
         slow = self._window.slow(now)
         if self._is_too_much(slow, good + bad, self._policy.slow_call_rate_threshold):
@@ -211,7 +221,7 @@ class BreakerCore:
 
     def record_failure(self, permit: Permit, now: float, cause: str) -> Transition | None:
         """The node failed the call made under ``permit``."""
-        if permit is not self.closed_permit:
+        if permit is not self._period:
             if permit not in self._probes:
                 return None
             if self.state == HALF_OPEN:
@@ -339,7 +349,7 @@ class BreakerCore:
         self._probes.clear()
         self._allowance = self._policy.half_open_max_calls
         self._starting_since = None
-        self.closed_permit = None
+        self._period = self.closed_permit = None
         self._by_hand = by_hand and state == OPEN
         if state == OPEN:
             self.failing_since = now
@@ -356,6 +366,7 @@ class BreakerCore:
             self._window.clear()
             self._closed_at = self._absorbed_at = now
             self._seen_dead = False
+            self._period = Permit(probe=False, issued_at=now)
             self._starting = self._policy.slow_start_calls if slow_start else 0
             if not self._starting:
                 self._end_slow_start(now)
@@ -371,7 +382,7 @@ class BreakerCore:
         """All may call. Those of the slow start who have not reported yet still count, as all others do."""
         self._starting = 0
         self._absorbed_at = now
-        self.closed_permit = Permit(probe=False, issued_at=now)
+        self.closed_permit = self._period
 
     def _is_too_much(self, number: int, calls: int, share: float) -> bool:
         return calls >= self._policy.minimum_calls and number >= share * calls

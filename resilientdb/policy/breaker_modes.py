@@ -100,6 +100,11 @@ class Circuit:
         """Whether an outcome under ``permit`` still counts."""
         return permit is self._free if self._mode != "normal" else self._core.is_current(permit)
 
+    @property
+    def following(self) -> Permit | None:
+        """As ``BreakerCore.following``; whoever needs no leave goes on as it came."""
+        return self._core.following if self._mode == "normal" else self.permit
+
     def record_success(self, permit: Permit, now: float) -> Moves:
         """The node answered the call made under ``permit``."""
         return self._record(permit, now, self._core.record_success)

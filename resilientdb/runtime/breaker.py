@@ -139,6 +139,18 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             self._moved(self._circuit.record_success(permit, now))
         self._emitter.deliver()
 
+    def record_answer(self, permit: Permit) -> Permit | None:
+        """The node has given the first answer of a call under a probe's permit. Returns the permit under which the
+        rest of the call is made, of which a success is nothing new; None: nothing of it counts any more."""
+        with self._guard:
+            now = self._clock()
+            counts = self._circuit.is_current(permit)
+            self._note_answer(permit)
+            self._moved(self._circuit.record_success(permit, now))
+            following = self._circuit.following if counts else None
+        self._emitter.deliver()
+        return following
+
     def record_slow(self, permit: Permit) -> None:
         """The node answered, after more than ``slow_after`` seconds. In place of ``record_success``: a permit has one
         outcome."""
@@ -355,7 +367,8 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
     def _note_answer(self, permit: Permit) -> None:
         """An answer that the circuit counts itself: whoever watches ``answered`` is to know of it, too."""
-        if self._circuit.state == CLOSED and self._circuit.is_current(permit):
+        counts = permit is self.permit or (permit.probe and self._circuit.is_current(permit))
+        if counts and self._circuit.state == CLOSED:
             self.answered += 1
             self._absorbed += 1
 

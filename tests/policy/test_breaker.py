@@ -36,6 +36,8 @@ class Circuit(RuleBasedStateMachine):
         self.last_failure = 0.0
         self.seen_dead = False
         self.by_hand = False
+        self.tried = False
+        """It opened because of a call that was let through to see whether the node is well."""
         self.opened_at = self.closed_at = self.now
         self.longest = self.wait_for = RESET
         self.missing = 0
@@ -88,6 +90,7 @@ class Circuit(RuleBasedStateMachine):
         assert (moved.old, moved.new) == (self.state, new)
         assert moved.cause
         assert not moved.would_be
+        self.tried = self.state == HALF_OPEN or (self.state == CLOSED and self.missing > 0)
         old, self.state = self.state, new
         self.period += 1
         self.awaited.clear()
@@ -146,18 +149,29 @@ class Circuit(RuleBasedStateMachine):
             self.awaited[permit] = self.now
         self.permits.append((permit, self.period))
 
+    @rule()
+    def go_on(self) -> None:
+        """A call that has had an answer goes on under the permit of all others, before they may take it."""
+        permit = self.core.following
+        assert (permit is not None) == (self.state == CLOSED)
+        if permit is not None:
+            assert not permit.probe
+            self.permits.append((permit, self.period))
+
     def answered(self, permit: Permit, period: int, *, slow: bool) -> str | None:
         """The state that an answer leads to."""
         if permit in self.awaited:
             if self.state == HALF_OPEN:
                 return OPEN if slow else CLOSED
             del self.awaited[permit]
+            if self.missing:
+                self.missing -= 1
+                self.at_once += not slow
         elif period != self.period or permit.probe:
             return None
+        elif self.missing and not slow:
+            return None  # what it has been told of already, by the first answer
         self.outcomes.append((self.now, "slow" if slow else "good"))
-        if self.missing:
-            self.missing -= 1
-            self.at_once += not slow
         if slow and self.too_much(self.counted()[2], self.policy.slow_call_rate_threshold):
             return OPEN
         return None
@@ -186,8 +200,8 @@ class Circuit(RuleBasedStateMachine):
             moved = self.core.record_failure(permit, self.now, "why")
             if permit in self.awaited and self.state == HALF_OPEN:
                 self.expect(moved, OPEN)
-            elif permit in self.awaited and self.missing:
-                del self.awaited[permit]
+            elif self.missing and (permit in self.awaited or (period == self.period and not permit.probe)):
+                self.awaited.pop(permit, None)
                 self.outcomes.append((self.now, "bad"))
                 good, bad, _ = self.counted()
                 if bad / (good + bad) >= self.policy.failure_rate_threshold:
@@ -219,7 +233,8 @@ class Circuit(RuleBasedStateMachine):
         elif self.seen_dead:
             self.expect(moved, CLOSED)
         else:
-            self.expect(moved, HALF_OPEN if self.state == OPEN else None)
+            too_soon = self.tried and self.now < self.last_failure + self.wait_for / 4
+            self.expect(moved, HALF_OPEN if self.state == OPEN and not too_soon else None)
 
     @rule()
     def prober_fails(self) -> None:
