@@ -19,13 +19,14 @@ having been closed for a whole window in between, and never more than ``max_rese
 between a half and all is waited, so that processes which opened together do not try together. It holds callers
 back, not the prober.
 
-A circuit that closes because the node answered begins with a **slow start**: ``half_open_max_calls`` at once, one
-more for each success, until ``slow_start_calls`` have succeeded. So the load doubles with each response time: a
-fast node has all of it back at once, a slow one is asked as much as it answers, and an idle circuit waits for its
-first callers. A failure meanwhile halves what is let through, and puts off the end; and the circuit opens again as
-soon as the failures of the slow start reach ``failure_rate_threshold``, be they ever so few: so the first call's
-does. (If any failure opened it, a node that fails one call in ten, which is no reason to open, would hardly ever
-get through.)
+A circuit that closes because the node answered begins with a **slow start**: ``half_open_max_calls`` at once (a
+call without an answer for a second does not count), one more for each success, until ``slow_start_calls`` have
+succeeded. So the load doubles with each response time: a fast node has all of it back at once, a slow one is
+asked as much as it answers, and an idle circuit waits for its first callers. A call that fails meanwhile
+without an answer halves what is let through, and puts off the end; and the circuit opens again as soon as such
+failures reach ``failure_rate_threshold``, be they ever so few: so the first call's does. (If any failure opened
+it, a node that fails one call in ten, which is no reason to open, would hardly ever get through.) One that
+fails after its first answer counts as at any other time.
 
 A **permit** says in which state a call was let through. An outcome is counted only while that state lasts, so a
 late result from before the trip neither closes nor opens anything (``failsafe-go`` counts such results as
@@ -64,6 +65,11 @@ _PATIENCE: Final = 0.25
 _SETBACK: Final = 3
 """Answers by which a failure puts off the end of the slow start: it ends for a node that fails less than a call in
 four, and not for one that breaks under more than it is let have."""
+
+_OVERDUE: Final = 1.0
+"""Seconds after which a call of the slow start that has had no answer makes room for another. It may be a long
+report, or wait for a lock, which says nothing of the node; and one more a second hardly adds to the work of a node
+that is too slow."""
 
 _SOON: Final = 0.05
 """Least seconds after which somebody whom the slow start sends away is told to come back: a few responses."""
@@ -170,7 +176,7 @@ class BreakerCore:
                 return None, None
             moved = self._move(HALF_OPEN, now, "the open time has passed")
         self._forget_lost_probes(now)
-        if len(self._probes) >= self._allowance:
+        if self._awaited(now) >= self._allowance:
             return None, moved
         permit = Permit(probe=True, issued_at=now)
         self._probes[permit] = None
@@ -221,7 +227,8 @@ class BreakerCore:
 
     def record_failure(self, permit: Permit, now: float, cause: str) -> Transition | None:
         """The node failed the call made under ``permit``."""
-        if permit is not self._period:
+        is_first_answer = permit is not self._period
+        if is_first_answer:
             if permit not in self._probes:
                 return None
             if self.state == HALF_OPEN:
@@ -229,7 +236,7 @@ class BreakerCore:
             del self._probes[permit]
         self._window.failure(now)
         good, bad = self._window.totals(now)
-        if self.closed_permit is None:
+        if is_first_answer and self.closed_permit is None:
             if bad >= self._policy.failure_rate_threshold * (good + bad):
                 return self._move(
                     OPEN, now, f"{bad} of {good + bad} calls of the slow start failed, last: {cause}"
@@ -312,6 +319,14 @@ class BreakerCore:
             return None
         return self._allowance, self._starting
 
+    def has_room(self, now: float) -> bool:
+        """Whether a call would be let through."""
+        if self.closed_permit is not None:
+            return True
+        if self.state == OPEN:
+            return now >= self.failing_since + self._wait
+        return self._awaited(now) < self._allowance
+
     def retry_after(self, now: float) -> float | None:
         """Seconds after which another call makes sense; None when closed.
 
@@ -386,6 +401,12 @@ class BreakerCore:
 
     def _is_too_much(self, number: int, calls: int, share: float) -> bool:
         return calls >= self._policy.minimum_calls and number >= share * calls
+
+    def _awaited(self, now: float) -> int:
+        """How many calls stand in the way of another."""
+        if self.state != CLOSED:
+            return len(self._probes)
+        return sum(now < permit.issued_at + _OVERDUE for permit in self._probes)
 
     def _forget_lost_probes(self, now: float) -> None:
         """A probe whose caller neither finishes nor gives up must not hold the circuit for ever."""

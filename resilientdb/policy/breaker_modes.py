@@ -159,6 +159,10 @@ class Circuit:
         """As ``BreakerCore.slow_start``; None in any other mode than normal."""
         return self._core.slow_start if self._mode == "normal" else None
 
+    def has_room(self, now: float) -> bool:
+        """Whether a call would be let through."""
+        return self._core.has_room(now) if self._mode == "normal" else self._mode != "forced_open"
+
     def retry_after(self, now: float) -> float | None:
         """Seconds after which another call makes sense; None when closed. Of one that is held open nobody knows."""
         if self._mode == "normal":

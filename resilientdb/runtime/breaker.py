@@ -244,6 +244,19 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             return self._circuit.retry_after(self._clock())
 
     @property
+    def starts_slowly(self) -> bool:
+        """Whether it has closed, and lets few calls through at once for a moment."""
+        return self._circuit.slow_start is not None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a call would be let through now."""
+        if self.permit is not None:
+            return True
+        with self._guard:
+            return self._circuit.has_room(self._clock())
+
+    @property
     def rate(self) -> float:
         """Successful calls a second, over the window."""
         with self._guard:

@@ -140,7 +140,10 @@ class Circuit(RuleBasedStateMachine):
             self.expect(moved, HALF_OPEN if waited_enough else None)
             for lost in [one for one, since in self.awaited.items() if self.now >= since + RESET]:
                 del self.awaited[lost]
-            if self.state == OPEN or len(self.awaited) >= self.at_once:
+            in_the_way = [
+                since for since in self.awaited.values() if self.state != CLOSED or self.now < since + 1
+            ]
+            if self.state == OPEN or len(in_the_way) >= self.at_once:
                 assert permit is None
                 return
             assert permit is not None
@@ -200,8 +203,8 @@ class Circuit(RuleBasedStateMachine):
             moved = self.core.record_failure(permit, self.now, "why")
             if permit in self.awaited and self.state == HALF_OPEN:
                 self.expect(moved, OPEN)
-            elif self.missing and (permit in self.awaited or (period == self.period and not permit.probe)):
-                self.awaited.pop(permit, None)
+            elif permit in self.awaited and self.missing:
+                del self.awaited[permit]
                 self.outcomes.append((self.now, "bad"))
                 good, bad, _ = self.counted()
                 if bad / (good + bad) >= self.policy.failure_rate_threshold:
@@ -393,10 +396,34 @@ def test_a_lost_call_of_the_slow_start_gives_its_place_to_another_as_well() -> N
     core.prober_failed(0.0, "x")
     core.prober_succeeded(1.0)
     lost = acquire(core, 1.0)
-    assert core.try_acquire(1.0 + RESET - 0.1)[0] is None
+    assert core.try_acquire(1.9)[0] is None
+    overdue = acquire(core, 2.0)
+    assert core.try_acquire(2.9)[0] is None
+    core.record_success(overdue, 2.9)
+    assert core.slow_start == (2, 3), "an answer counts when it comes, be it late"
     acquire(core, 1.0 + RESET)
-    assert core.record_failure(lost, 1.0 + RESET, "x") is None
-    assert core.slow_start == (1, 4)
+    assert core.record_failure(lost, 1.0 + RESET, "x") is None, "but not for ever"
+    assert core.slow_start == (2, 3)
+
+
+def test_who_has_had_an_answer_keeps_nobody_out_and_can_still_fail() -> None:
+    core = make(slow_start_calls=8)
+    core.prober_failed(0.0, "x")
+    core.prober_succeeded(1.0)
+    core.record_success(acquire(core, 1.0), 1.01)
+    going_on = core.following
+    assert going_on is not None
+    assert core.slow_start == (2, 7)
+    assert core.record_success(going_on, 1.02) is None, "its end is nothing new"
+    assert core.slow_start == (2, 7)
+    first, second = acquire(core, 1.03), acquire(core, 1.03)
+    assert core.try_acquire(1.03)[0] is None
+    assert core.record_failure(going_on, 1.04, "x") is not None, (
+        "as at any other time: two calls are enough here"
+    )
+    assert core.following is None
+    for late in (going_on, first, second):
+        assert core.record_success(late, 1.05) is None
 
 
 def test_a_released_probe_makes_room_for_another() -> None:
@@ -523,9 +550,11 @@ def test_a_slow_node_is_asked_no_more_than_it_answers() -> None:
     core = recovering(slow_start_calls=32)
     first = take_all(core, 1.0)
     assert len(first) == 1
-    assert take_all(core, 5.9) == [], "as long as it has not answered"
+    assert take_all(core, 1.9) == [], "as long as it has not answered"
+    assert len(take_all(core, 5.9)) == 1, "or only one more, in case that it was the call"
     core.record_success(first[0], 5.9)
-    assert len(take_all(core, 5.9)) == 2
+    assert core.slow_start == (2, 31)
+    assert len(take_all(core, 5.9)) == 1, "with the one under way"
 
 
 def test_an_idle_circuit_waits_for_its_first_callers() -> None:
