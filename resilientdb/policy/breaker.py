@@ -8,7 +8,7 @@ through). The rules:
   background prober finds the node dead.
 * open → half-open when the open time has passed since the last sign of failure, or when the prober gets an
   answer from a node that it had itself seen working all along (then real calls fail for a reason a probe does
-  not see, and real calls must show that it is over); where calls have tried just now, and shown that it is not,
+  not see, and real calls must show that it is over); where a call has tried just now and got no answer in time,
   a quarter of the open time has to pass first.
 * open → closed when the prober gets an answer from a node that it had seen dead.
 * half-open → closed on one probe's success, → open on one probe's failure, or on a slow answer where slow calls
@@ -112,6 +112,7 @@ class BreakerCore:
         "_by_hand",
         "_closed_at",
         "_longest",
+        "_no_answer",
         "_opened_at",
         "_period",
         "_policy",
@@ -121,7 +122,6 @@ class BreakerCore:
         "_seen_dead",
         "_starting",
         "_starting_since",
-        "_tried",
         "_wait",
         "_window",
         "closed_permit",
@@ -154,8 +154,8 @@ class BreakerCore:
         self._starting_since: float | None = None
         """When its first call was let through."""
         self._seen_dead = False
-        self._tried = False
-        """Whether it opened because a call failed that was let through to see whether the node is well again."""
+        self._no_answer = False
+        """Whether it opened because a call got no answer in time that was let through to see whether there is one."""
         self.state: str = CLOSED
         self._period: Permit | None = Permit(probe=False, issued_at=now)
         """The permit of the present closed period; None in any other state."""
@@ -213,7 +213,7 @@ class BreakerCore:
             if permit not in self._probes:
                 return None
             if self.state == HALF_OPEN:
-                return self._move(OPEN, now, "a probe was answered too slowly")
+                return self._move(OPEN, now, "a probe was answered too slowly", no_answer=True)
             # The slow start goes on, but asks no more at once of a node that is slow already.
             del self._probes[permit]
             if self.closed_permit is None:
@@ -225,22 +225,24 @@ class BreakerCore:
             return self._move(OPEN, now, f"{slow} of {good + bad} calls were slow")
         return None
 
-    def record_failure(self, permit: Permit, now: float, cause: str) -> Transition | None:
-        """The node failed the call made under ``permit``."""
+    def record_failure(
+        self, permit: Permit, now: float, cause: str, *, no_answer: bool = False
+    ) -> Transition | None:
+        """The node failed the call made under ``permit``. ``no_answer``: not by an error, but by being too slow or
+        too full."""
         is_first_answer = permit is not self._period
         if is_first_answer:
             if permit not in self._probes:
                 return None
             if self.state == HALF_OPEN:
-                return self._move(OPEN, now, f"a probe failed: {cause}")
+                return self._move(OPEN, now, f"a probe failed: {cause}", no_answer=no_answer)
             del self._probes[permit]
         self._window.failure(now)
         good, bad = self._window.totals(now)
         if is_first_answer and self.closed_permit is None:
             if bad >= self._policy.failure_rate_threshold * (good + bad):
-                return self._move(
-                    OPEN, now, f"{bad} of {good + bad} calls of the slow start failed, last: {cause}"
-                )
+                cause = f"{bad} of {good + bad} calls of the slow start failed, last: {cause}"
+                return self._move(OPEN, now, cause, no_answer=no_answer)
             self._allowance = max(self._policy.half_open_max_calls, self._allowance // 2)
             self._starting = min(self._starting + _SETBACK, self._policy.slow_start_calls)
         elif self._is_too_much(bad, good + bad, self._policy.failure_rate_threshold):
@@ -274,7 +276,7 @@ class BreakerCore:
         if self.state == OPEN:
             # A node that is weak yet answers a probe at any time. If each answer let the next call through, all
             # processes would try again at once, and it would never get well.
-            if self._tried and now < self.failing_since + self._wait * _PATIENCE:
+            if self._no_answer and now < self.failing_since + self._wait * _PATIENCE:
                 return None
             return self._move(HALF_OPEN, now, "the prober gets answers; calls must show that they do too")
         return None
@@ -356,10 +358,17 @@ class BreakerCore:
     # -- inside --------------------------------------------------------------------------------------------
 
     def _move(
-        self, state: str, now: float, cause: str, *, slow_start: bool = False, by_hand: bool = False
+        self,
+        state: str,
+        now: float,
+        cause: str,
+        *,
+        slow_start: bool = False,
+        by_hand: bool = False,
+        no_answer: bool = False,
     ) -> Transition:
         transition = Transition(self.state, state, cause)
-        self._tried = self.closed_permit is None and self.state != OPEN
+        self._no_answer = no_answer
         self.state = state
         self._probes.clear()
         self._allowance = self._policy.half_open_max_calls

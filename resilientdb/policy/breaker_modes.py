@@ -114,11 +114,12 @@ class Circuit:
         outcome = self._core.record_success if self._mode == "disabled" else self._core.record_slow
         return self._record(permit, now, outcome)
 
-    def record_failure(self, permit: Permit, now: float, cause: str) -> Moves:
-        """The node failed the call made under ``permit``."""
+    def record_failure(self, permit: Permit, now: float, cause: str, *, no_answer: bool = False) -> Moves:
+        """As ``BreakerCore.record_failure``."""
         if self._mode == "disabled":
             return ()
-        return self._record(permit, now, lambda permit, now: self._core.record_failure(permit, now, cause))
+        failure = functools.partial(self._core.record_failure, cause=cause, no_answer=no_answer)
+        return self._record(permit, now, failure)
 
     def release(self, permit: Permit) -> None:
         """The call made under ``permit`` showed nothing about the node."""

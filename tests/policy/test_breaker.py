@@ -36,8 +36,8 @@ class Circuit(RuleBasedStateMachine):
         self.last_failure = 0.0
         self.seen_dead = False
         self.by_hand = False
-        self.tried = False
-        """It opened because of a call that was let through to see whether the node is well."""
+        self.no_answer = False
+        """It opened because a call got no answer that was let through to see whether there is one."""
         self.opened_at = self.closed_at = self.now
         self.longest = self.wait_for = RESET
         self.missing = 0
@@ -81,7 +81,9 @@ class Circuit(RuleBasedStateMachine):
         )
         self.core = BreakerCore(self.policy, self.now, rng=self.draw, probed=probed)
 
-    def expect(self, moved: Transition | None, new: str | None, *, by_hand: bool = False) -> None:
+    def expect(
+        self, moved: Transition | None, new: str | None, *, by_hand: bool = False, no_answer: bool = False
+    ) -> None:
         """The circuit moved to ``new`` (None: not at all), and said so."""
         if new is None:
             assert moved is None
@@ -90,7 +92,7 @@ class Circuit(RuleBasedStateMachine):
         assert (moved.old, moved.new) == (self.state, new)
         assert moved.cause
         assert not moved.would_be
-        self.tried = self.state == HALF_OPEN or (self.state == CLOSED and self.missing > 0)
+        self.no_answer = no_answer
         old, self.state = self.state, new
         self.period += 1
         self.awaited.clear()
@@ -192,23 +194,24 @@ class Circuit(RuleBasedStateMachine):
     def succeed_slowly(self, data: st.DataObject, repeat: int) -> None:
         permit, period = data.draw(st.sampled_from(self.permits))
         for _ in range(repeat):
+            was_probe = self.state == HALF_OPEN and permit in self.awaited
             moved = self.core.record_slow(permit, self.now)
-            self.expect(moved, self.answered(permit, period, slow=True))
+            self.expect(moved, self.answered(permit, period, slow=True), no_answer=was_probe)
 
     @precondition(lambda self: self.permits)
-    @rule(data=st.data(), repeat=st.integers(1, 3))
-    def fail(self, data: st.DataObject, repeat: int) -> None:
+    @rule(data=st.data(), repeat=st.integers(1, 3), no_answer=st.booleans())
+    def fail(self, data: st.DataObject, repeat: int, *, no_answer: bool) -> None:
         permit, period = data.draw(st.sampled_from(self.permits))
         for _ in range(repeat):
-            moved = self.core.record_failure(permit, self.now, "why")
+            moved = self.core.record_failure(permit, self.now, "why", no_answer=no_answer)
             if permit in self.awaited and self.state == HALF_OPEN:
-                self.expect(moved, OPEN)
+                self.expect(moved, OPEN, no_answer=no_answer)
             elif permit in self.awaited and self.missing:
                 del self.awaited[permit]
                 self.outcomes.append((self.now, "bad"))
                 good, bad, _ = self.counted()
                 if bad / (good + bad) >= self.policy.failure_rate_threshold:
-                    self.expect(moved, OPEN)
+                    self.expect(moved, OPEN, no_answer=no_answer)
                 else:
                     self.expect(moved, None)
                     self.at_once = max(self.policy.half_open_max_calls, self.at_once // 2)
@@ -236,7 +239,7 @@ class Circuit(RuleBasedStateMachine):
         elif self.seen_dead:
             self.expect(moved, CLOSED)
         else:
-            too_soon = self.tried and self.now < self.last_failure + self.wait_for / 4
+            too_soon = self.no_answer and self.now < self.last_failure + self.wait_for / 4
             self.expect(moved, HALF_OPEN if self.state == OPEN and not too_soon else None)
 
     @rule()

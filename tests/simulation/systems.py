@@ -96,7 +96,7 @@ class Guarded:
     def late(self, permit: Any, now: float, *, connecting: bool) -> None:
         # One call that was let through to see whether the node answers has seen that it does not.
         if permit.probe and not connecting:
-            self.failure(permit, now)
+            self._moved(self._core.record_failure(permit, now, "late", no_answer=True))
         else:
             self._core.release(permit)
 
