@@ -16,6 +16,7 @@ from resilientdb.engine.commit import without_cancelling
 from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.engine.drivers import Driver
 from resilientdb.engine.retrying import happened_at, remember_beginning
+from resilientdb.engine.rollbacks import Rollbacks
 from resilientdb.errors import (
     CommitOutcomeUnknown,
     DeadlineExceeded,
@@ -59,6 +60,9 @@ class _Hooks:
         self._is_known = type(cluster.driver) is not Driver
         self._is_failed = cluster.driver.is_failed
         self._answer_to_commit = cluster.driver.answer_to_commit
+        rollbacks = Rollbacks(cluster.driver)
+        rollbacks.attach(dialect)
+        self._rollbacks = rollbacks if rollbacks.are_silent else None
         self._in_tasks = dialect.is_async and cluster.has_server
         self._commit = dialect.do_commit
         self._rollback = dialect.do_rollback
@@ -93,6 +97,12 @@ class _Hooks:
         deadline = current_deadline()
         if deadline is not None:
             self._hold_to(deadline, record, "COMMIT was sent; nothing is committed")
+        if self._rollbacks is not None and not only_reads:
+            aborted = self._rollbacks.before_commit(record)
+            if aborted is not None:
+                self._do_rollback(connection)
+                raise aborted
+            self._rollbacks.forget(record)
         answer = self._answer_to_commit(raw)
         try:
             if self._in_tasks and record is not None:
@@ -119,6 +129,8 @@ class _Hooks:
         raw = getattr(connection, "dbapi_connection", connection)
         if is_read_only() and self._is_idle(raw):
             return  # the driver would send nothing either, but take its time to find that out
+        if self._rollbacks is not None:
+            self._rollbacks.forget(record_of(connection))
         deadline = current_deadline()
         if deadline is not None and (record := record_of(connection)) is not None:
             self._appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))
@@ -175,6 +187,8 @@ class _Hooks:
         fault = classify(error, phase)
         if phase is Phase.STATEMENT:
             record.failed_with = (describe(error), fault.retry_transaction)  # see _aborted
+            if self._rollbacks is not None:
+                self._rollbacks.note(record, error)
         if fault.evicts_connection and not context.is_disconnect and self._cluster.has_server:
             # SQLAlchemy would keep it, and pre_ping would call it healthy for ever: it is, but it leads to the
             # wrong node, or its session is beyond repair.

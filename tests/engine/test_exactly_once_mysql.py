@@ -288,7 +288,7 @@ def test_after_a_crash(make: Callable[..., Subject]) -> None:
             subject.transact(lambda connection: connection.exec_driver_sql("SELECT 1 FROM nowhere"))
         subject.engine.dispose()
         rdb.install(subject.engine)
-        assert subject.transact(subject.entry(250, lambda: server.restart("immediate") and None)) == 2
+        assert subject.transact(subject.entry(250, lambda: server.restart("immediate"))) == 2
         assert subject.count(250) == 1
 
 
