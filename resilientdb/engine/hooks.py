@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
 
     from resilientdb.engine.cluster import Cluster
+    from resilientdb.engine.node import Node
 
 __all__ = ["WITH_BEGIN", "install"]
 
@@ -195,6 +196,8 @@ class _Hooks:
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
         in_doubt = phase is Phase.COMMIT and (fault is Fault.IN_DOUBT or cut)
+        if in_doubt:
+            self._cluster.commit_in_doubt(self._node_of(record).name, error)
         if not isinstance(error, Exception):
             # A cancellation stays one, or a task that was told to end would carry on.
             if in_doubt:
@@ -215,8 +218,7 @@ class _Hooks:
 
     def _settle(self, record: Any, error: BaseException, phase: Phase, *, cut: bool) -> None:
         """Tell the breaker of the node what the failure shows, now rather than at the checkin."""
-        # SQLAlchemy's StaticPool makes plain records of its own.
-        node = getattr(record, "node", self._cluster.nodes[0])
+        node = self._node_of(record)
         happened_at(error, node.name)
         remember_beginning(error, getattr(record, "since", 0.0))
         fault = evidence(error, phase)
@@ -232,6 +234,11 @@ class _Hooks:
             node.breaker.record_failure(permit, error)
         else:
             node.breaker.release(permit)
+
+    def _node_of(self, record: Any) -> Node:
+        # SQLAlchemy's StaticPool makes plain records of its own.
+        node: Node = getattr(record, "node", self._cluster.nodes[0])
+        return node
 
     def _has_declared_read_only(self, context: ExceptionContext, record: Any) -> bool:
         """Whether a write was refused because the application itself asked for a READ ONLY transaction."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -35,10 +35,7 @@ if TYPE_CHECKING:
 
     from resilientdb.policy.outcome import Holder
 
-__all__ = ["Claim", "CommitOutcome", "TokenTable", "create", "purge_some", "was_purged", "write"]
-
-CommitOutcome = Literal["committed", "aborted", "unknown"]
-"""``unknown``: it is still open, or so old that its key has been purged."""
+__all__ = ["Claim", "TokenTable", "create", "purge_some", "was_purged", "write"]
 
 _HORIZON: Final = uuid.UUID(int=0)
 """The key of the row that says up to where the table was purged, in milliseconds since 1970."""
@@ -147,7 +144,9 @@ class Claim:
         self._table = table
         self._key = key
         self._left = left
-        self._since = monotonic()
+        self.since = monotonic()
+        self.attempts = 0
+        """How many times it was asked."""
         self.waits = 0
         """How many times it was still open."""
 
@@ -159,10 +158,11 @@ class Claim:
         """
         dialect = connection.dialect
         language, left = language_of(dialect), self._left()
+        self.attempts += 1
         try:
             table = _quoted(self._table, dialect)
             if self.waits and (holder := language.holder(connection, table, self._key)) is not None:
-                waited = monotonic() - self._since
+                waited = monotonic() - self.since
                 if verdict_on(holder, waited, left) == "terminate":
                     language.terminate(connection, holder)
             return language.claim(connection, table, self._key, patience(self.waits, left))

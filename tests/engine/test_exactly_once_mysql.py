@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import threading
 import time
 import uuid
@@ -16,6 +17,7 @@ from sqlalchemy import event
 
 import resilientdb as rdb
 from resilientdb.engine import outcome as outcome_module
+from resilientdb.events import CommitInDoubt, CommitSettled, Event
 from resilientdb.testing import faults
 from resilientdb.testing.mariadb import MariaDB
 from tests.engine.provoking import ASYNC
@@ -290,6 +292,33 @@ def test_after_a_crash(make: Callable[..., Subject]) -> None:
         rdb.install(subject.engine)
         assert subject.transact(subject.entry(250, lambda: server.restart("immediate"))) == 2
         assert subject.count(250) == 1
+
+
+def test_a_doubt_and_its_end_are_seen(
+    make: Callable[..., Subject], resilientdb_mariadb_proxy: Proxy, fault: contextlib.ExitStack
+) -> None:
+    for number, lose, outcome in (
+        (180, faults.reply_lost, "committed"),
+        (181, faults.commit_lost, "aborted"),
+    ):
+        subject = make()
+        seen: list[Event] = []
+        control = rdb.control(subject.engine)
+        control.on_event(seen.append)
+        break_line = functools.partial(
+            lambda lose: fault.enter_context(lose(resilientdb_mariadb_proxy)), lose
+        )
+        subject.transact(subject.entry(number, break_line))
+        fault.close()
+        doubt, settled = seen
+        assert isinstance(doubt, CommitInDoubt)
+        assert doubt.node == control.snapshot().nodes[0].name
+        assert doubt.error
+        assert isinstance(settled, CommitSettled)
+        assert (settled.outcome, settled.attempts >= 1, settled.seconds > 0) == (outcome, True, True)
+        assert subject.resolve(settled.key) == "committed", "by now, in any case"
+        snapshot = control.snapshot()
+        assert (snapshot.commits_in_doubt, snapshot.commits_settled) == (1, {outcome: 1})
 
 
 # -- asking later ---------------------------------------------------------------------------------------------------
