@@ -66,6 +66,7 @@ class _Hooks:
         self._rollbacks = rollbacks if rollbacks.are_silent else None
         self._in_tasks = dialect.is_async and cluster.has_server
         self._commit = dialect.do_commit
+        self._commit_by_driver = cluster.driver.commit
         self._rollback = dialect.do_rollback
         self._execute_no_params = dialect.do_execute_no_params
         dialect.do_execute_no_params = self._do_execute_no_params  # type: ignore[method-assign]
@@ -109,7 +110,7 @@ class _Hooks:
             if self._in_tasks and record is not None:
                 without_cancelling(self._commit, connection, lambda: self._cut(record))
             else:
-                self._commit(connection)
+                self._commit_by_driver(raw, self._commit, connection)
         except BaseException as error:
             if not _cannot_have_written(record):
                 _mark_as_commit(error)

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -459,6 +461,51 @@ def test_a_cancelled_commit_is_left_to_the_server(make: Callable[..., Subject], 
     key = uuid.UUID(notes.split("UUID('")[1].split("'")[0])
     assert subject.resolve(key) == "committed"
     assert subject.count(230) == 1
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import psycopg, sqlalchemy as sa
+import resilientdb as rdb
+
+url, plain = sys.argv[1:]
+
+def interrupt():
+    with psycopg.connect(plain, autocommit=True) as watcher:
+        while not watcher.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'").fetchone():
+            time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    rdb.run_transaction(
+        rdb.create_engine(url), lambda c: c.execute(sa.text("INSERT INTO entry VALUES (231)")), exactly_once=True
+    )
+except KeyboardInterrupt as error:
+    print(*error.__notes__)
+else:
+    print("COMMIT came back")
+"""
+
+
+def test_ctrl_c_does_not_cancel_a_commit(make: Callable[..., Subject]) -> None:
+    """psycopg would cancel it: committed without its standby, and visible."""
+    subject = make()
+    postgres = subject.postgres
+    postgres.query("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    postgres.reload()
+    try:
+        wait_for_setting(postgres)
+        arguments = [sys.executable, "-c", INTERRUPTED, postgres.url("psycopg"), postgres.url("")]
+        ended = subprocess.run(arguments, capture_output=True, text=True, timeout=30, check=True)
+        assert "COMMIT was sent and its reply was not awaited" in ended.stdout
+        assert subject.count(231) == 0, "it still waits, and nobody has seen it"
+    finally:
+        postgres.query("ALTER SYSTEM RESET synchronous_standby_names")
+        postgres.reload()
+    key = uuid.UUID(ended.stdout.split("UUID('")[1].split("'")[0])
+    assert subject.resolve(key) == "committed"
+    assert subject.count(231) == 1
 
 
 def test_asyncpgs_own_timeout_does_not_cancel_a_commit(make: Callable[..., Subject]) -> None:
