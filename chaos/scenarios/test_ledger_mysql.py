@@ -38,6 +38,8 @@ _RETRY = rdb.RetryPolicy(
     backoff=rdb.Backoff(initial=0.02, maximum=0.2),
     budget=rdb.RetryBudget(floor=10_000),
 )
+_BREAKER = rdb.BreakerPolicy(reset_timeout=0.3, max_reset_timeout=0.3)
+"""Quickly back: all of this looks like a server that is best left alone, and entries are to be written."""
 _INSERT = text("INSERT INTO ledger (k) VALUES (:k)")
 _ECHO = text("SELECT :k + 0")
 
@@ -126,7 +128,9 @@ def test_ledger_mysql(
     history = History()
     with resilientdb_toxiproxy.proxy(server.address) as proxy:
         kind = _STACKS[run.driver]
-        own: dict[str, Any] = {"resilience": rdb.Resilience(retry=_RETRY)} if run.guarded else {}
+        own: dict[str, Any] = (
+            {"resilience": rdb.Resilience(retry=_RETRY, breaker=_BREAKER)} if run.guarded else {}
+        )
         stack = kind(server.url(kind.scheme, port=proxy.listen_port), guarded=run.guarded, **own)
         try:
             began = time.monotonic()
