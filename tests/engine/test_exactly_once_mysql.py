@@ -280,6 +280,36 @@ def test_a_commit_that_is_still_at_work_is_waited_for(
     assert (subject.runs, subject.count(201)) == (1, 1)
 
 
+@pytest.mark.usefixtures("semi_sync")
+@pytest.mark.parametrize("driver", ["aiomysql", "asyncmy"])
+def test_a_cancelled_commit_is_left_to_the_server(make: Callable[..., Subject], driver: str) -> None:
+    subject = make(driver)
+    server = subject.server
+
+    async def work(connection: Any) -> None:
+        await connection.execute(INSERT, {"k": 230})
+        server.query("SET GLOBAL rpl_semi_sync_master_enabled = 1")
+
+    async def main() -> BaseException:
+        task = asyncio.create_task(rdb.run_transaction_async(subject.engine, work, exactly_once=True))
+        waiting = "SELECT 1 FROM information_schema.processlist WHERE state LIKE '%semi-sync%'"
+        while not server.query(waiting):  # noqa: ASYNC110 - a state of another process
+            await asyncio.sleep(0.01)
+        began = time.monotonic()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert time.monotonic() - began < 2, "the caller is let go at once"
+        return caught.value
+
+    notes = " ".join(subject.wait(main()).__notes__)
+    assert subject.count(230) == 0, "it still waits, and nobody has seen it"
+    server.query("SET GLOBAL rpl_semi_sync_master_enabled = 0")
+    assert subject.resolve(uuid.UUID(notes.split("UUID('")[1].split("'")[0])) == "committed"
+    subject.settle()
+    assert subject.count(230) == 1
+
+
 def test_after_a_crash(make: Callable[..., Subject]) -> None:
     """The server dies between the last statement and COMMIT, and is back a moment later."""
     with MariaDB(name="crash", settings={"innodb_flush_log_at_trx_commit": "1"}) as server:
