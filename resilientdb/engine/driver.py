@@ -49,6 +49,8 @@ class Driver:
     """A statement whose one row says whether the server is a primary; None where there is no such thing."""
     has_server: bool = True
     """Whether there are sessions that can be lost: not with a database in this process."""
+    reads_with_begin: bool = True
+    """Whether ``begin_with`` leaves the statement's rows with the cursor, where the driver does not drop them."""
 
     def socket_defaults(self, lifecycle: Lifecycle, given: Mapping[str, Any]) -> dict[str, Any]:
         """Connect parameters to add to ``given``: all that the URL and ``connect_args`` already hold.
@@ -119,8 +121,9 @@ class Driver:
         return False
 
     def begin_with(self, dbapi_connection: object, cursor: Any, statement: str) -> None:
-        """Execute ``statement``, which has no parameters and no rows, as the first of a transaction: in one message
-        with BEGIN where the driver lets us. Raises as ``cursor.execute`` does, and waits as it does."""
+        """Execute ``statement``, which has no parameters, as the first of a transaction: in one message with BEGIN
+        where the driver lets us. Its rows, see ``reads_with_begin``. Raises as ``cursor.execute`` does, and waits as
+        it does."""
         _ = dbapi_connection
         cursor.execute(statement)
 

@@ -17,6 +17,7 @@ import importlib
 import math
 import os
 import re
+from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -113,6 +114,7 @@ class _Psycopg(_Libpq):
         self.withhold_begin(dbapi_connection)
         try:
             self._execute_unprepared(cursor, f"{begin}; {statement}")
+            self._pass_over_begin(cursor)
         finally:
             self.allow_begin(dbapi_connection)
 
@@ -127,6 +129,9 @@ class _Psycopg(_Libpq):
     def _execute_unprepared(self, cursor: Any, statement: str) -> None:
         # Only what is not prepared can be several statements, and no two of these are alike.
         cursor.execute(statement, prepare=False)
+
+    def _pass_over_begin(self, cursor: Any) -> None:
+        cursor.nextset()  # of what has been received already
 
     def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
         connection: Any = dbapi_connection
@@ -192,6 +197,13 @@ class _PsycopgAsync(_Psycopg):
     def _execute_unprepared(self, cursor: Any, statement: str) -> None:
         # The adapter's cursor does not pass the option on.
         await_only(cursor._cursor.execute(statement, prepare=False))  # noqa: SLF001
+
+    def _pass_over_begin(self, cursor: Any) -> None:
+        own = cursor._cursor  # noqa: SLF001
+        own.nextset()
+        if own.description is not None:
+            # As the adapter does after its own execute; what it has kept is all that SQLAlchemy can read.
+            cursor._rows = deque(await_only(own.fetchall()))  # noqa: SLF001
 
     def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
         return super().may_withhold_begin(own_connection(dbapi_connection), default_isolation)
@@ -427,7 +439,7 @@ _DRIVERS: Final[dict[tuple[str, str, bool], Driver]] = {
     ("postgresql", "psycopg", False): _Psycopg("psycopg", _POSTGRESQL_ROLE),
     ("postgresql", "psycopg", True): _PsycopgAsync("psycopg_async", _POSTGRESQL_ROLE),
     ("postgresql", "psycopg2", False): _Psycopg2("psycopg2", _POSTGRESQL_ROLE),
-    ("postgresql", "asyncpg", True): _Asyncpg("asyncpg", _POSTGRESQL_ROLE),
+    ("postgresql", "asyncpg", True): _Asyncpg("asyncpg", _POSTGRESQL_ROLE, reads_with_begin=False),
     ("sqlite", "pysqlite", False): _Sqlite("pysqlite", has_server=False),
     ("sqlite", "aiosqlite", True): _Sqlite("aiosqlite", has_server=False),
     **MYSQL_DRIVERS,

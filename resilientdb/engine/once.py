@@ -1,8 +1,9 @@
 """One logical transaction that is committed exactly once, however often its COMMIT gets lost.
 
-Each run of the function is a transaction that begins with a token (``outcome``). When the reply to a COMMIT is lost,
-the next transaction asks for that token first. If it is there, the work is done, and what the function returned is
-still in memory; if not, it never will be, and the function runs again right there, in the transaction that has asked.
+Each run of the function is a transaction that begins with leaving evidence: a token (``outcome``), or a note of its
+number (``guarded``). When the reply to a COMMIT is lost, the next transaction asks for it first. If it was committed,
+the work is done, and what the function returned is still in memory; if not, it never will be, and the function runs
+again right there, in the transaction that has asked.
 
 Written once, for threads; a task runs it in a greenlet, where waiting for a coroutine looks like a call.
 """
@@ -15,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from resilientdb.engine import retrying
-from resilientdb.engine.outcome import Claim, StillOpen, was_purged, write
+from resilientdb.engine.outcome import Claim, NeverKnown, StillOpen, was_purged
 from resilientdb.errors import CommitOutcomeUnknown, ConfigurationError, DeadlineExceeded
 from resilientdb.policy.faults import Fault, classify, describe
 from resilientdb.policy.outcome import new_key
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from resilientdb.engine.outcome import TokenTable
     from resilientdb.stats import CommitOutcome
 
-__all__ = ["Hands", "Once", "resolve"]
+__all__ = ["Evidence", "Hands", "Once", "Question", "resolve"]
 
 T = TypeVar("T")
 
@@ -54,20 +55,50 @@ class Hands(Protocol):
         """Let others go on."""
 
 
+class Evidence(Protocol):
+    """What a transaction leaves at the server so that it can be asked about; of one call."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether ``resolve`` finds it later, by the key alone."""
+
+    def leave(self, connection: Connection, key: uuid.UUID) -> None:
+        """Leave it, as the first of a transaction: it is committed with it or not at all."""
+
+    def question(self, key: uuid.UUID, left: Callable[[], float | None]) -> Question:
+        """Whether the transaction that has left it last was committed. ``left`` tells how many seconds there are."""
+
+
+class Question(Protocol):
+    """Asked until it is answered, each time in a new transaction."""
+
+    since: float
+    attempts: int
+    """How many times it was asked."""
+
+    def was_not_committed(self, connection: Connection) -> bool:
+        """Ask, as the first of a transaction.
+
+        True: it was not and never will be, and this transaction has left its own evidence. False: it was; this
+        transaction proves it once its own COMMIT has been answered. Raises ``StillOpen`` when it can be neither yet,
+        ``NeverKnown`` when it cannot be learned.
+        """
+
+
 class Once(Generic[T]):
-    """One call of ``run_transaction(exactly_once=True)``; used by one thread or task."""
+    """One call of ``run_transaction(exactly_once=...)``; used by one thread or task."""
 
     def __init__(
-        self, hands: Hands, cluster: Cluster, table: TokenTable, function: Callable[[Any], T]
+        self, hands: Hands, cluster: Cluster, evidence: Evidence, function: Callable[[Any], T]
     ) -> None:
         self.key: uuid.UUID
         """Of the run in hand. A run whose COMMIT was never sent may linger at the server and keep its key: the next
         one has another. Only where a COMMIT is in doubt it must be the same."""
         self._hands = hands
         self._cluster = cluster
-        self._table = table
+        self._evidence = evidence
         self._function = function
-        self._claim: Claim | None = None
+        self._claim: Question | None = None
         """The question in hand, while a COMMIT is in doubt."""
         self._doubt: CommitOutcomeUnknown | None = None
         self._value: Any = None
@@ -120,13 +151,13 @@ class Once(Generic[T]):
         except CommitOutcomeUnknown as error:
             if committing:
                 self._doubt = error
-                error.key = self.key
+                error.key = self._key_for_later
                 # Where a proof got lost, the question stays the same.
-                self._claim = self._claim or Claim(self._table, self.key, self._left)
+                self._claim = self._claim or self._evidence.question(self.key, self._left)
             raise
         except BaseException as error:
             if not isinstance(error, Exception) and (committing or self._claim is not None):
-                error.add_note(f"ask with resilientdb.resolve(engine, UUID('{self.key}'))")
+                error.add_note(self._how_to_ask())
             raise
         if self._claim is not None:
             self._settle("committed")
@@ -140,11 +171,11 @@ class Once(Generic[T]):
 
     def _write(self, connection: Connection) -> None:
         self.key = new_key(wall(), int.from_bytes(os.urandom(10)))
-        write(connection, self._table, self.key)
+        self._evidence.leave(connection, self.key)
         raw = connection.connection.dbapi_connection
         if raw is not None and self._cluster.driver.transaction_status(raw) == "idle":
             raise ConfigurationError(
-                "exactly_once=True needs a transaction, and this engine or session is in AUTOCOMMIT",
+                "exactly_once needs a transaction, and this engine or session is in AUTOCOMMIT",
                 key="exactly_once",
             )
 
@@ -155,13 +186,25 @@ class Once(Generic[T]):
         return _left(self._cluster.resilience.retry, self._began)
 
     def _unknown(self, last: Exception) -> CommitOutcomeUnknown:
-        why = "the transaction is still open" if isinstance(last, StillOpen) else describe(last)
+        learned = "could not be learned in time"
+        if isinstance(last, NeverKnown):
+            learned, why = "cannot be learned any more", str(last)
+        else:
+            why = "the transaction is still open" if isinstance(last, StillOpen) else describe(last)
         error = CommitOutcomeUnknown(
-            "COMMIT was sent and its reply was lost, and what became of it could not be learned in time "
-            f"({why}): ask with resilientdb.resolve(engine, UUID('{self.key}'))"
+            f"COMMIT was sent and its reply was lost, and what became of it {learned} ({why}): {self._how_to_ask()}"
         )
-        error.key = self.key
+        error.key = self._key_for_later
         return error
+
+    @property
+    def _key_for_later(self) -> uuid.UUID | None:
+        return self.key if self._evidence.is_kept else None
+
+    def _how_to_ask(self) -> str:
+        if self._evidence.is_kept:
+            return f"ask with resilientdb.resolve(engine, UUID('{self.key}'))"
+        return "it may have been committed or not"
 
 
 def resolve(hands: Hands, cluster: Cluster, table: TokenTable, key: uuid.UUID) -> CommitOutcome:
@@ -212,7 +255,7 @@ class _NotThere(Exception):
 def _may_ask_again(error: BaseException) -> bool:
     """Whether a question that ended so may be put again. To ask changes nothing, so that only an answer that will
     stay the same ends it."""
-    if isinstance(error, ConfigurationError):
+    if isinstance(error, ConfigurationError | NeverKnown):
         return False
     return isinstance(error, StillOpen) or classify(error) not in {Fault.APPLICATION, Fault.CONFIGURATION}
 

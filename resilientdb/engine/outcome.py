@@ -35,7 +35,18 @@ if TYPE_CHECKING:
 
     from resilientdb.policy.outcome import Holder
 
-__all__ = ["Claim", "TokenTable", "create", "purge_some", "was_purged", "write"]
+__all__ = [
+    "Claim",
+    "NeverKnown",
+    "StillOpen",
+    "TokenTable",
+    "Tokens",
+    "create",
+    "language_of",
+    "purge_some",
+    "was_purged",
+    "write",
+]
 
 _HORIZON: Final = uuid.UUID(int=0)
 """The key of the row that says up to where the table was purged, in milliseconds since 1970."""
@@ -175,8 +186,27 @@ class Claim:
             raise
 
 
+class Tokens:
+    """``once.Evidence``: a token in the table."""
+
+    is_kept = True
+
+    def __init__(self, table: TokenTable) -> None:
+        self._table = table
+
+    def leave(self, connection: Connection, key: uuid.UUID) -> None:
+        write(connection, self._table, key)
+
+    def question(self, key: uuid.UUID, left: Callable[[], float | None]) -> Claim:
+        return Claim(self._table, key, left)
+
+
 class StillOpen(Exception):
     """The transaction in question has neither been committed nor rolled back so far."""
+
+
+class NeverKnown(Exception):
+    """What became of the transaction in question can be learned neither now nor later. Its text says why."""
 
 
 def create(connection: Connection, table: TokenTable) -> None:

@@ -4,7 +4,7 @@ A statement inside a transaction cannot be retried: what came before it is lost 
 function that does the whole of the transaction's work, from BEGIN to COMMIT. It is run again on a serialization
 failure, a deadlock, a connection lost before COMMIT was sent, or a node that turned out not to be the primary.
 Once COMMIT was sent and its reply lost, nothing is run again (``CommitOutcomeUnknown``), unless
-``exactly_once=True``: then it is first found out what became of it (``once``).
+``exactly_once``: then it is first found out what became of it (``once``).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from resilientdb.engine import outcome, retrying
 from resilientdb.engine.compat import await_only, greenlet_spawn
+from resilientdb.engine.guarded import Guarded
 from resilientdb.engine.once import Once
 from resilientdb.engine.once import resolve as _resolve
-from resilientdb.engine.outcome import TokenTable
+from resilientdb.engine.outcome import Tokens, TokenTable
 from resilientdb.engine.reading import READ_ONLY
 from resilientdb.engine.targets import Target
 from resilientdb.errors import CommitOutcomeUnknown, ConfigurationError, TransactionAborted
@@ -67,7 +68,7 @@ def run_transaction(
     /,
     *args: Any,
     read_only: bool = False,
-    exactly_once: bool | TokenTable = False,
+    exactly_once: bool | TokenTable | Literal["guarded"] = False,
     isolation_level: IsolationLevel | None = None,
     **kwargs: Any,
 ) -> T:
@@ -83,11 +84,12 @@ def run_transaction(
 
     ``exactly_once=True``: when a COMMIT's reply is lost, find out what became of it, and run the function again only
     if it was not committed. Needs the table that ``install(engine)`` creates; a ``TokenTable`` says which, if it is
-    another.
+    another. ``exactly_once="guarded"`` (PostgreSQL) needs none: it asks by the transaction's number, which nobody can
+    any more once the server has crashed, restarted or failed over.
 
     Returns what the function returned in the attempt that was committed. Raises the last real error, or
     ``CommitOutcomeUnknown`` when a COMMIT's reply was lost: with ``exactly_once``, only when what became of it could
-    not be learned in time, and with the ``key`` that ``resolve()`` takes later.
+    not be learned, and, where there is a table, with the ``key`` that ``resolve()`` takes later.
     """
     if inspect.iscoroutinefunction(function):
         raise ConfigurationError(
@@ -100,9 +102,9 @@ def run_transaction(
         with begin() as work:
             return function(work, *args, **kwargs)
 
-    if how.table is not None:
+    if how.evidence is not None:
         attempt = Once(
-            _Thread(how.target), how.cluster, how.table, lambda work: function(work, *args, **kwargs)
+            _Thread(how.target), how.cluster, how.evidence, lambda work: function(work, *args, **kwargs)
         ).run
 
     began = monotonic()
@@ -124,7 +126,7 @@ async def run_transaction_async(
     /,
     *args: Any,
     read_only: bool = False,
-    exactly_once: bool | TokenTable = False,
+    exactly_once: bool | TokenTable | Literal["guarded"] = False,
     isolation_level: IsolationLevel | None = None,
     **kwargs: Any,
 ) -> T:
@@ -145,8 +147,10 @@ async def run_transaction_async(
         async with begin() as work:
             return await call(work)
 
-    if how.table is not None:
-        once = Once(_Task(how.target), how.cluster, how.table, lambda work: await_only(_awaiting(call(work))))
+    if how.evidence is not None:
+        once = Once(
+            _Task(how.target), how.cluster, how.evidence, lambda work: await_only(_awaiting(call(work)))
+        )
         attempt = functools.partial(greenlet_spawn, once.run)
 
     began = monotonic()
@@ -167,7 +171,7 @@ def transactional(
     /,
     *,
     read_only: bool = False,
-    exactly_once: bool | TokenTable = False,
+    exactly_once: bool | TokenTable | Literal["guarded"] = False,
     isolation_level: IsolationLevel | None = None,
 ) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[P, R]]:
     """``run_transaction`` as a decorator, for plain and for async functions.
@@ -378,7 +382,7 @@ class _How:
         target: Any,
         is_async: bool,
         read_only: bool,
-        exactly_once: bool | TokenTable,
+        exactly_once: bool | TokenTable | Literal["guarded"],
         isolation_level: str | None,
     ) -> None:
         level = isolation_level.upper().replace("_", " ") if isolation_level is not None else None
@@ -391,20 +395,16 @@ class _How:
             declaration = "SET TRANSACTION READ ONLY, DEFERRABLE"
         elif read_only:
             options[READ_ONLY] = True
-        self.table: TokenTable | None = None
-        if exactly_once:
-            self.table = exactly_once if isinstance(exactly_once, TokenTable) else TokenTable()
-            if read_only:
-                raise ConfigurationError(
-                    "exactly_once=True contradicts read_only=True: there is nothing that could be done twice",
-                    key="exactly_once",
-                )
+        if exactly_once is not False and read_only:
+            raise ConfigurationError(
+                "exactly_once contradicts read_only=True: there is nothing that could be done twice",
+                key="exactly_once",
+            )
         if level == "AUTOCOMMIT":
             raise ConfigurationError("AUTOCOMMIT is no transaction", key="isolation_level", value=level)
         self.target = Target(target, is_async=is_async, options=options, declaration=declaration)
         self.cluster = self.target.cluster
-        if self.table is not None:
-            outcome.language_of(self.cluster.dialect)
+        self.evidence = _evidence(exactly_once, self.cluster)
         running = _running.get()
         if running is not None and not read_only and running.is_on(self.cluster):
             raise ConfigurationError(
@@ -447,6 +447,24 @@ class _How:
             "spend": self.cluster.spend_retry,
             "announce": self.cluster.announce_transaction_retry,
         }
+
+
+def _evidence(
+    exactly_once: bool | TokenTable | Literal["guarded"], cluster: Cluster
+) -> Tokens | Guarded | None:
+    """What ``exactly_once`` asks for, made for one call."""
+    if exactly_once is False:
+        return None
+    if exactly_once == "guarded":
+        return Guarded(cluster.dialect, cluster.driver)
+    if exactly_once is not True and not isinstance(exactly_once, TokenTable):
+        raise ConfigurationError(
+            f'exactly_once must be a bool, a TokenTable or "guarded"; got {exactly_once!r}',
+            key="exactly_once",
+            value=exactly_once,
+        )
+    outcome.language_of(cluster.dialect)
+    return Tokens(TokenTable() if exactly_once is True else exactly_once)
 
 
 def _default_deadline(cluster: Cluster) -> AbstractContextManager[Any]:

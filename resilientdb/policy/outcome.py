@@ -1,4 +1,5 @@
-"""Keys of transactions, and what to do with one that stands in the way of learning whether it was committed.
+"""Keys of transactions, what to do with one that stands in the way of learning whether it was committed, and when a
+transaction's number says nothing any more.
 
 A key is a UUID whose first 48 bits are the time it was made (UUID version 7), so that keys sort by age: a table of
 them grows at one end and is purged from the other, and a key says by itself whether it is older than the last purge.
@@ -7,9 +8,19 @@ them grows at one end and is purged from the other, and a key says by itself whe
 from __future__ import annotations
 
 import uuid
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
-__all__ = ["Holder", "forget_before", "lock_number", "made_at", "new_key", "patience", "verdict_on"]
+__all__ = [
+    "Holder",
+    "Life",
+    "forget_before",
+    "lock_number",
+    "made_at",
+    "new_key",
+    "patience",
+    "verdict_on",
+    "what_ended",
+]
 
 _LOW_62_BITS: Final = (1 << 62) - 1
 _FIRST_WAIT: Final = 0.1
@@ -72,3 +83,27 @@ def verdict_on(holder: Holder, waited: float, left: float | None) -> Literal["wa
     if holder.state.startswith("idle"):
         return "terminate"
     return "terminate" if left is not None and waited >= left else "wait"
+
+
+class Life(NamedTuple):
+    """What tells one life of a PostgreSQL server from every other, its own next one included. Only in the life in
+    which a transaction got its number, the number means that transaction."""
+
+    timeline: str
+    """Another after a promotion."""
+    started: str
+    """When its first process started, in microseconds: no two servers have the same, and none the same twice."""
+    reset: str | None
+    """When its statistics were last reset. The one thing to be seen of a recovery from the crash of a single server
+    process, which the first process survives; None if the server does not say."""
+
+
+def what_ended(life: Life, now: Life) -> str | None:
+    """Why ``now`` is not that life any more, in words; None: it is the same."""
+    if life.timeline != now.timeline:
+        return "a standby was promoted since"
+    if life.started != now.started:
+        return "the server was started anew since, or is another one"
+    if now.reset is None or life.reset != now.reset:
+        return "the server has recovered from a crash since, or its statistics were reset"
+    return None
