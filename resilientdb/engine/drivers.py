@@ -114,7 +114,6 @@ class _Psycopg(_Libpq):
         self.withhold_begin(dbapi_connection)
         try:
             self._execute_unprepared(cursor, f"{begin}; {statement}")
-            self._pass_over_begin(cursor)
         finally:
             self.allow_begin(dbapi_connection)
 
@@ -129,9 +128,7 @@ class _Psycopg(_Libpq):
     def _execute_unprepared(self, cursor: Any, statement: str) -> None:
         # Only what is not prepared can be several statements, and no two of these are alike.
         cursor.execute(statement, prepare=False)
-
-    def _pass_over_begin(self, cursor: Any) -> None:
-        cursor.nextset()  # of what has been received already
+        cursor.nextset()  # past BEGIN; it has been received already
 
     def may_withhold_begin(self, dbapi_connection: object, default_isolation: str | None) -> bool:
         connection: Any = dbapi_connection
@@ -196,10 +193,8 @@ class _PsycopgAsync(_Psycopg):
 
     def _execute_unprepared(self, cursor: Any, statement: str) -> None:
         # The adapter's cursor does not pass the option on.
-        await_only(cursor._cursor.execute(statement, prepare=False))  # noqa: SLF001
-
-    def _pass_over_begin(self, cursor: Any) -> None:
         own = cursor._cursor  # noqa: SLF001
+        await_only(own.execute(statement, prepare=False))
         own.nextset()
         if own.description is not None:
             # As the adapter does after its own execute; what it has kept is all that SQLAlchemy can read.

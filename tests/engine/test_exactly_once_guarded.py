@@ -499,7 +499,8 @@ def test_what_is_sent(subject: Subject) -> None:
         postgres.query("ALTER SYSTEM RESET log_statement")
         postgres.reload()
     log = postgres.log_tail(60)
-    lines = re.findall(r"(?:statement|execute [^:]*): (.*)", log[: log.rindex("SELECT 4711")])
+    log = log[log.rindex("SHOW log_statement") : log.rindex("SELECT 4711")]
+    lines = re.findall(r"(?:statement|execute [^:]*): (.*)", log)
     about = [line for line in lines if "pg_advisory_xact_lock" in line or "pg_current_xact_id" in line]
     assert len(about) == (2 if subject.driver == "asyncpg" else 1)
     assert ("BEGIN" in about[0]) is (subject.driver != "psycopg2")

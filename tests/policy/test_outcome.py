@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import uuid
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from resilientdb.policy.outcome import (
     Holder,
+    Life,
     forget_before,
     lock_number,
     made_at,
     new_key,
     patience,
     verdict_on,
+    what_ended,
 )
 
 times = st.floats(0, 4e9)
@@ -69,3 +72,27 @@ def test_who_is_ended() -> None:
     assert verdict("active", "SyncRep", waited=100, left=0.1) == "wait", "never"
     assert verdict("active", waited=100, left=None) == "wait"
     assert verdict(None, waited=100, left=0.1) == "wait", "another role's: we may not see it"
+
+
+LIFE = Life("00000001", "1790000000.123456", "1780000000.5")
+
+
+@pytest.mark.parametrize(
+    ("now", "says"),
+    [
+        (LIFE._replace(timeline="00000002", started="1790000009.1", reset="1790000009.2"), "promoted"),
+        (LIFE._replace(timeline="00000002"), "promoted"),
+        (LIFE._replace(started="1790000009.1", reset="1790000009.2"), "started anew"),
+        (LIFE._replace(reset="1790000009.2"), "recovered from a crash"),
+        (LIFE._replace(reset=None), "recovered from a crash"),
+    ],
+)
+def test_another_life_of_the_server(now: Life, says: str) -> None:
+    assert says in (what_ended(LIFE, now) or "")
+    assert says in (what_ended(now, LIFE) or "")
+
+
+def test_the_same_life_of_the_server() -> None:
+    assert what_ended(LIFE, Life(*LIFE)) is None
+    silent = LIFE._replace(reset=None)
+    assert what_ended(silent, silent) is not None, "it may have crashed without a word"
