@@ -164,8 +164,8 @@ _WHO: Final = (
     "extract(epoch FROM pg_postmaster_start_time()), "
     "extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time()))"
 )
-"""An ``Identity``, as one text: each column costs SQLAlchemy more than the server. The cluster's own identifier is not
-in it: copies share it, others were not started in the same microsecond, and to read it is to read a file, in each
+"""An ``Identity``, as one text: each column costs SQLAlchemy more than the server. The cluster's own identifier is
+not in it: copies share it, others were not started in the same microsecond, and to read it is to read a file, in each
 transaction."""
 
 _NOT_TO_BE_HAD: Final = frozenset({"0A000", "42501", "42883"})
