@@ -247,6 +247,8 @@ if TYPE_CHECKING:
         assert_type(await rdb.transactional(async_engine, read_only=True)(count_async)("t"), int)
         counted(1)  # type: ignore[arg-type]
         rdb.run_transaction(engine, count, "t", isolation_level="SNAPSHOT")  # type: ignore[arg-type]
+        assert_type(rdb.run_transaction(engine, count, "t", exactly_once="guarded"), int)
+        rdb.run_transaction(engine, count, "t", exactly_once="gaurded")  # type: ignore[arg-type]
 
     def words(error: Exception) -> None:
         assert_type(rdb.classify(error), rdb.Fault)
