@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from resilientdb.testing.toxiproxy import ToxiproxyServer
 
 _CALLERS = 8
-_AMBUSHES = 3
+_AMBUSHES = 2
 _RETRY = rdb.RetryPolicy(
     attempts=10,
     timeout=4.0,
@@ -186,11 +186,14 @@ def test_ledger_mysql(
 
 
 def _until(work: Work, entries: int, seconds: float | None, over: threading.Event) -> Iterator[Work]:
-    """So many, or for so long; but not before the ambushes are ``over``."""
+    """So many, or for so long after the ambushes are ``over``."""
     began = time.monotonic()
+    since: float | None = None
     for _ in range(entries):
-        spent = time.monotonic() - began
-        if seconds is not None and spent > seconds and (over.is_set() or spent > 30):
+        now = time.monotonic()
+        if since is None and (over.is_set() or now - began > 30):
+            since = now
+        if seconds is not None and since is not None and now - since > seconds:
             return
         yield work
 
