@@ -18,6 +18,7 @@ from resilientdb.testing.checkers import Outcome
 from resilientdb.testing.mariadb import MariaDB
 
 if TYPE_CHECKING:
+    import contextlib
     import random
     from collections.abc import Callable, Iterator
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from resilientdb.testing.toxiproxy import ToxiproxyServer
 
 _CALLERS = 8
-_FIRST = 5
+_AMBUSHES = 2
 _RETRY = rdb.RetryPolicy(
     attempts=10,
     timeout=4.0,
@@ -91,12 +92,6 @@ def echo(connection: Connection, number: int) -> int:
     return int(connection.execute(_ECHO, {"k": number}).scalar_one())
 
 
-def write(connection: Connection, number: int) -> int:
-    """Enter the number; nothing in the table prevents doubles."""
-    connection.execute(_INSERT, {"k": number})
-    return echo(connection, number)
-
-
 def outcome(call: Call, *, guarded: bool) -> Outcome:
     """Guarded, only one error leaves anything open: every other says that the entry is not there."""
     if call.ok:
@@ -124,9 +119,18 @@ def test_ledger_mysql(
     server.query("CREATE OR REPLACE TABLE ledger (k integer NOT NULL) ENGINE=InnoDB", database="app")
     asker = rdb.create_engine(server.url())
     rdb.install(asker)
-    work = Work(body=write, exactly_once=True, tries=4, deadline=5.0)
     history = History()
     with resilientdb_toxiproxy.proxy(server.address) as proxy:
+        ambush = _Ambush(server, proxy)
+
+        def write(connection: Connection, number: int) -> int:
+            """Enter the number; nothing in the table prevents doubles."""
+            connection.execute(_INSERT, {"k": number})
+            answer = echo(connection, number)
+            ambush.lay(number)
+            return answer
+
+        work = Work(body=write, exactly_once=True, tries=4, deadline=5.0)
         kind = _STACKS[run.driver]
         own: dict[str, Any] = (
             {"resilience": rdb.Resilience(retry=_RETRY, breaker=_BREAKER)} if run.guarded else {}
@@ -134,9 +138,9 @@ def test_ledger_mysql(
         stack = kind(server.url(kind.scheme, port=proxy.listen_port), guarded=run.guarded, **own)
         try:
             began = time.monotonic()
-            works = _until(work, entries, seconds)
+            works = _until(work, entries, seconds, ambush.over)
             with (
-                _Faults(run.rng, server, proxy) as strikes,
+                _Faults(run.rng, server, proxy, ambush.over) as strikes,
                 Load(stack, works, in_flight=_CALLERS, patience=max(60.0, entries / 20)) as load,
             ):
                 load.join()
@@ -164,7 +168,7 @@ def test_ledger_mysql(
         refused=report.failed,
         doubts=in_doubt.commits_in_doubt if in_doubt else 0,
     )
-    assert strikes.count, "nothing was in the way"
+    assert ambush.over.is_set(), "nothing was in the way"
     if run.guarded:
         own_answers(calls)
         report.raise_for_violations()
@@ -181,18 +185,56 @@ def test_ledger_mysql(
     asker.dispose()
 
 
-def _until(work: Work, entries: int, seconds: float | None) -> Iterator[Work]:
+def _until(work: Work, entries: int, seconds: float | None, over: threading.Event) -> Iterator[Work]:
+    """So many, or for so long after the ambushes are ``over``."""
     began = time.monotonic()
+    since: float | None = None
     for _ in range(entries):
-        if seconds is not None and time.monotonic() - began > seconds:
+        now = time.monotonic()
+        if since is None and (over.is_set() or now - began > 30):
+            since = now
+        if seconds is not None and since is not None and now - since > seconds:
             return
         yield work
 
 
-class _Faults:
-    """One fault after another, with a pause between them, in a thread; drawn from ``rng``."""
+class _Ambush:
+    """Loses the replies to the COMMITs of some entries, so that no run is without, however slow the machine."""
 
-    def __init__(self, rng: random.Random, server: MariaDB, proxy: Proxy) -> None:
+    def __init__(self, server: MariaDB, proxy: Proxy) -> None:
+        self._server = server
+        self._proxy = proxy
+        self._left = _AMBUSHES
+        self._one_at_a_time = threading.Lock()
+        self.over = threading.Event()
+
+    def lay(self, number: int) -> None:
+        """The entry's COMMIT comes next."""
+        if not self._left or not self._one_at_a_time.acquire(blocking=False):
+            return
+        self._left -= 1
+        toxic = self._proxy.toxic("limit_data", stream="downstream", name=None, bytes=0)
+        toxic.__enter__()
+        threading.Thread(target=self._lift, args=(number, toxic), daemon=True).start()
+
+    def _lift(self, number: int, toxic: contextlib.AbstractContextManager[object]) -> None:
+        """Let replies pass again once the entry is committed."""
+        until = time.monotonic() + 5
+        question = f"SELECT 1 FROM ledger WHERE k = {number}"
+        while time.monotonic() < until and not self._server.query(question, database="app"):
+            time.sleep(0.005)
+        time.sleep(0.05)
+        toxic.__exit__(None, None, None)
+        if not self._left:
+            self.over.set()
+        self._one_at_a_time.release()
+
+
+class _Faults:
+    """One fault after another, with a pause between them, in a thread; drawn from ``rng``. Begins after ``start``."""
+
+    def __init__(self, rng: random.Random, server: MariaDB, proxy: Proxy, start: threading.Event) -> None:
+        self._start = start
         self._rng = rng
         self._server = server
         self._proxy = proxy
@@ -226,26 +268,15 @@ class _Faults:
         ]
         strikes, weights = [strike for _, strike in kinds], [weight for weight, _ in kinds]
         try:
+            self._start.wait(30)
             while not self._stop.wait(self._rng.uniform(0.05, 0.25)):
-                # First, some of what makes doubles of naive retries, so that no run is without it.
-                if self.count < _FIRST:
-                    self._toxic("limit_data", "downstream", 0.03, toxicity=1.0, bytes=0)
-                else:
-                    self._rng.choices(strikes, weights)[0]()
+                self._rng.choices(strikes, weights)[0]()
                 self.count += 1
         except Exception as error:  # noqa: BLE001 - raised where it is seen
             self._failure = error
 
-    def _toxic(
-        self,
-        kind: ToxicType,
-        stream: Stream,
-        seconds: float,
-        *,
-        toxicity: float | None = None,
-        **attributes: int,
-    ) -> None:
-        toxicity = toxicity or self._rng.choice([0.3, 0.6, 1.0])
+    def _toxic(self, kind: ToxicType, stream: Stream, seconds: float, **attributes: int) -> None:
+        toxicity = self._rng.choice([0.3, 0.6, 1.0])
         with self._proxy.toxic(kind, stream=stream, toxicity=toxicity, name=None, **attributes):
             self._stop.wait(seconds)
 
