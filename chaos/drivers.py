@@ -272,7 +272,7 @@ _NAIVE_PAUSE = 0.2
 
 
 def _commits(work: Work) -> bool:
-    return work.commit or work.whole or work.exactly_once
+    return work.commit or work.whole or bool(work.exactly_once)
 
 
 STACKS: dict[str, type[Stack]] = {stack.driver: stack for stack in (ThreadStack, PsycopgTasks, AsyncpgTasks)}

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, overload
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -35,8 +35,8 @@ class Work:
     """``begin()`` rather than ``connect()``."""
     whole: bool = False
     """By ``run_transaction`` where there is one; plain SQLAlchemy has only ``begin()``."""
-    exactly_once: bool = False
-    """By ``run_transaction(exactly_once=True)`` where there is one; plain SQLAlchemy tries again on any error."""
+    exactly_once: bool | Literal["guarded"] = False
+    """By ``run_transaction(exactly_once=...)`` where there is one; plain SQLAlchemy tries again on any error."""
     tries: int = 1
     """How often plain SQLAlchemy does that at most."""
     deadline: float | None = None

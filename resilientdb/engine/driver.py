@@ -50,7 +50,7 @@ class Driver:
     has_server: bool = True
     """Whether there are sessions that can be lost: not with a database in this process."""
     reads_with_begin: bool = True
-    """Whether ``begin_with`` leaves the statement's rows with the cursor, where the driver does not drop them."""
+    """Whether the cursor has the rows of ``begin_with``'s statement afterwards, and the driver does not drop them."""
 
     def socket_defaults(self, lifecycle: Lifecycle, given: Mapping[str, Any]) -> dict[str, Any]:
         """Connect parameters to add to ``given``: all that the URL and ``connect_args`` already hold.
