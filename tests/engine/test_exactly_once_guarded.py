@@ -176,6 +176,34 @@ def test_a_commit_that_is_still_at_work_is_waited_for(
     assert (len(runs), subject.count(201)) == (1, 1)
 
 
+@pytest.mark.parametrize("exactly_once", [True, "guarded"])
+def test_a_role_that_is_allowed_short_statements_only(
+    make: Callable[..., Subject],
+    postgres: Postgres,
+    proxy: Proxy,
+    fault: contextlib.ExitStack,
+    exactly_once: Any,
+) -> None:
+    """Its statement that waits is ended before it has waited long: that says as much."""
+    postgres.query("ALTER ROLE app SET statement_timeout = '60ms'")
+    if exactly_once is True:
+        postgres.query(rdb.TokenTable().ddl(make().engine.dialect))
+        postgres.query("GRANT ALL ON resilientdb_token TO app")
+    try:
+        lose, _ = LOST["COMMIT comes late"]
+        subject = make()
+        seen = settled(subject)
+        with rdb.deadline(3.0):
+            run = subject.transact(
+                subject.entry(204, lambda: fault.enter_context(lose(proxy))), exactly_once=exactly_once
+            )
+        assert (run, subject.count(204)) == (2, 1)
+        assert [event.attempts for event in seen if isinstance(event, CommitSettled)] <= [3]
+    finally:
+        postgres.query("ALTER ROLE app RESET statement_timeout")
+        postgres.query("DROP TABLE IF EXISTS resilientdb_token")
+
+
 @pytest.fixture
 def lonely(postgres: Postgres) -> Iterator[Callable[[], None]]:
     """From the call on, every COMMIT waits for a standby that is not there."""
