@@ -7,6 +7,7 @@ All three hang on the dialect, so that connections keep SQLAlchemy's fast path f
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
@@ -15,6 +16,7 @@ from resilientdb.engine import reading, slow_calls
 from resilientdb.engine.commit import without_cancelling
 from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.engine.drivers import Driver
+from resilientdb.engine.holding import Holding, was_cancelled
 from resilientdb.engine.retrying import happened_at, remember_beginning
 from resilientdb.errors import (
     CommitOutcomeUnknown,
@@ -54,9 +56,8 @@ class _Hooks:
     def __init__(self, engine: Engine, cluster: Cluster) -> None:
         self._cluster = cluster
         dialect = engine.dialect
-        for name in ("do_execute", "do_executemany"):
-            event.listen(engine, name, self._before_statement)
-        event.listen(engine, "do_execute_no_params", self._before_bare_statement)
+        self._holding = Holding(cluster, is_async=dialect.is_async)
+        self._has_server = cluster.has_server
         event.listen(engine, "handle_error", self._on_error)
         self._is_idle = cluster.driver.is_idle
         self._is_known = type(cluster.driver) is not Driver
@@ -66,19 +67,25 @@ class _Hooks:
         self._commit = dialect.do_commit
         self._rollback = dialect.do_rollback
         self._execute_no_params = dialect.do_execute_no_params
-        dialect.do_execute_no_params = self._do_execute_no_params  # type: ignore[method-assign]
+        dialect.do_execute = self._holding_to(dialect.do_execute)
+        dialect.do_executemany = self._holding_to(dialect.do_executemany)
+        dialect.do_execute_no_params = self._holding_to(self._do_execute_no_params)
         dialect.do_commit = self._do_commit  # type: ignore[method-assign, assignment]
         dialect.do_rollback = self._do_rollback  # type: ignore[method-assign, assignment]
 
     # -- before ----------------------------------------------------------------------------------------------
 
-    def _before_statement(self, _cursor: Any, _statement: Any, _parameters: Any, context: Any) -> None:
-        deadline = current_deadline()
-        if deadline is not None:
-            self._hold_to(deadline, record_of_connection(context.root_connection), "a statement was sent")
+    def _holding_to(self, execute):
+        hold = self._holding.execute
 
-    def _before_bare_statement(self, _cursor: Any, _statement: Any, context: Any) -> None:
-        self._before_statement(_cursor, _statement, None, context)
+        def held(*arguments):
+            deadline = current_deadline()
+            if deadline is None or arguments[-1] is None:
+                execute(*arguments)
+            else:
+                hold(deadline, execute, *arguments)
+
+        return held
 
     def _do_execute_no_params(self, cursor: Any, statement: Any, context: Any = None) -> None:
         if context is not None and context.execution_options.get("resilientdb_with_begin"):
@@ -99,11 +106,11 @@ class _Hooks:
             raise _aborted(record)
         deadline = current_deadline()
         if deadline is not None:
-            self._hold_to(deadline, record, "COMMIT was sent; nothing is committed")
+            self._holding.hold_to(deadline, record, "COMMIT was sent; nothing is committed")
         answer = self._answer_to_commit(raw)
         try:
             if self._in_tasks and record is not None:
-                without_cancelling(self._commit, connection, lambda: self._cut(record))
+                without_cancelling(self._commit, connection, lambda: self._holding.cut(record))
             else:
                 self._commit(connection)
         except BaseException as error:
@@ -113,76 +120,49 @@ class _Hooks:
         if answer is not None and not only_reads and answer() == "ROLLBACK":
             raise _aborted(record)
 
-    def _cut(self, record: Any) -> None:
-        """Cut the connection now; whoever waits for it finds it lost."""
-        watch = self._watch_of(record)
-        if watch is None:
-            return
-        watch.still_wanted = None
-        watch.at = now = monotonic()
-        watch.fire(now)
-
     def _do_rollback(self, connection: Any) -> None:
         raw = getattr(connection, "dbapi_connection", connection)
         if is_read_only() and self._is_idle(raw):
             return  # the driver would send nothing either, but take its time to find that out
         deadline = current_deadline()
         if deadline is not None and (record := record_of(connection)) is not None:
-            self._appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))
+            self._holding.appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))
         # SQLAlchemy's proxy looks for a method twice before it asks the driver's connection. But a dialect of which
         # nothing is known may count on the proxy, and a program may have put a method of its own there.
         if raw is not connection and self._is_known and "rollback" not in getattr(connection, "__dict__", ()):
             connection = raw
         self._rollback(connection)
 
-    def _hold_to(self, deadline: Deadline, record: Any, before: str) -> None:
-        """Have the watchdog end at the deadline what is about to be sent; refuse to send it after."""
-        if deadline.remaining() <= 0:
-            raise DeadlineExceeded(f"the deadline of {deadline.seconds:g} s ended before {before}")
-        if record is not None:
-            self._appoint(record, deadline, deadline.expires_at)
-
-    def _appoint(self, record: Any, deadline: Deadline, at: float) -> None:
-        watch = self._watch_of(record)
-        if watch is None or watch.at == at:
-            return
-        watch.still_wanted = deadline.is_in_force
-        watchdog.appoint(watch, at)
-
-    def _watch_of(self, record: Any) -> Watch | None:
-        """The record's appointment with the watchdog, made if it has none; None: there is no socket to be cut."""
-        watch: Watch | None = getattr(record, "watch", None)
-        if watch is None:
-            fd = self._cluster.driver.socket_fd(record.dbapi_connection)
-            if fd is None:
-                return None
-            record.watch = watch = Watch(fd)
-            record.owes = True
-        return watch
-
     # -- after ------------------------------------------------------------------------------------------------
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
         error = context.original_exception
-        if isinstance(error, ResilienceError) or context.is_pre_ping:
+        if context.is_pre_ping:
             return None
         record = record_of_connection(context.connection)
+        if isinstance(error, ResilienceError):
+            if record is not None and record.watch is not None and record.watch.fired:
+                _was_our_hand(context)
+            return None
         if record is None:
             return None  # a failed connect: the door settles it
         phase = Phase.COMMIT if _was_commit(error) else Phase.STATEMENT
         watch: Watch | None = getattr(record, "watch", None)
         cut = watch is not None and watch.fired
+        cancelled = not cut and was_cancelled(error)
+        saved = False
         if cut:
-            # Ours was the hand that broke this connection; the others are not to blame.
-            context.is_disconnect = True
-            context.invalidate_pool_on_disconnect = False
+            _was_our_hand(context)
+        elif self._in_tasks and phase is Phase.STATEMENT and isinstance(error, asyncio.CancelledError):
+            saved = self._holding.saved(record, context.statement, context.execution_context)
+            context.is_disconnect = not saved
         if classify(error) is Fault.WRONG_ROLE and self._has_declared_read_only(context, record):
             blame_the_application(error)
-        self._settle(record, error, phase, cut=cut)
+        self._settle(record, error, phase, cut=cut, cancelled=cancelled)
         fault = classify(error, phase)
         if phase is Phase.STATEMENT:
             record.failed_with = (describe(error), fault.retry_transaction)  # see _aborted
-        if fault.evicts_connection and not context.is_disconnect and self._cluster.has_server:
+        if fault.evicts_connection and not context.is_disconnect and not saved and self._cluster.has_server:
             # SQLAlchemy would keep it, and pre_ping would call it healthy for ever: it is, but it leads to the
             # wrong node, or its session is beyond repair.
             context.is_disconnect = True
@@ -199,14 +179,14 @@ class _Hooks:
             return CommitOutcomeUnknown(
                 f"COMMIT was sent and its reply was lost ({describe(error)}): it may have been committed or not"
             )
-        if cut:
+        if cut or cancelled:
             deadline = current_deadline()
             return DeadlineExceeded(
                 f"the deadline{f' of {deadline.seconds:g} s' if deadline else ''} ended during a statement"
             )
         return None
 
-    def _settle(self, record: Any, error: BaseException, phase: Phase, *, cut: bool) -> None:
+    def _settle(self, record: Any, error: BaseException, phase: Phase, *, cut: bool, cancelled: bool) -> None:
         """Tell the breaker of the node what the failure shows, now rather than at the checkin."""
         # SQLAlchemy's StaticPool makes plain records of its own.
         node = getattr(record, "node", self._cluster.nodes[0])
@@ -216,12 +196,13 @@ class _Hooks:
         if cut or fault is Fault.WRONG_ROLE or fault.is_node_failure:
             node.suspect()
         permit = getattr(record, "permit", None)
-        if permit is None or (fault.is_healthy_reply and not cut):
+        late = cut or cancelled
+        if permit is None or (fault.is_healthy_reply and not late):
             return
         record.permit = None
         # A cut shows nothing about a node that is well: the deadline may have been too short. One call that was let
         # through to see whether the node answers has seen that it does not, and leaves it work that nobody waits for.
-        if permit.probe if cut else fault.is_node_failure:
+        if permit.probe if late else fault.is_node_failure:
             node.breaker.record_failure(permit, error)
         else:
             node.breaker.release(permit)
@@ -236,6 +217,12 @@ class _Hooks:
         node = getattr(record, "node", None)
         is_replica = node is not None and node.role == "replica"
         return not is_replica and self._cluster.driver.has_declared_read_only(record.dbapi_connection)
+
+
+def _was_our_hand(context: ExceptionContext) -> None:
+    """It was the library that broke this connection; the others are not to blame."""
+    context.is_disconnect = True
+    context.invalidate_pool_on_disconnect = False
 
 
 def _cannot_have_written(record: Any) -> bool:

@@ -1,0 +1,238 @@
+"""Asks a server to cancel the statement that a connection waits for, by another connection.
+
+PostgreSQL has a message of its own for that: it names a session and its secret, needs no login, and the server closes
+the connection when the session has been told. MySQL and MariaDB take ``KILL QUERY`` from any session of the same user.
+
+A cancel that arrives late would hit what comes next, so each of these returns only when nothing can arrive any more,
+and the watchdog sees to it that nothing comes next before that. A COMMIT is never cancelled: a server that waits for
+its standby would call it done without the standby, and report success.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import re
+import select
+import socket
+import ssl
+import struct
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from sqlalchemy.sql.expression import SelectBase
+
+from resilientdb.engine.compat import greenlet_spawn
+from resilientdb.engine.reading import is_plain_read
+from resilientdb.runtime.clock import monotonic
+from resilientdb.runtime.watchdog import Watch, watchdog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from resilientdb.engine.cluster import Cluster
+    from resilientdb.engine.driver import Cancel
+    from resilientdb.engine.node import Node
+
+__all__ = ["Canceller"]
+
+_LEISURE: Final = 1.0
+"""Seconds that a cancel may take longer than anybody waits for it."""
+_SULK: Final = 1.0
+"""Seconds for which a node that let a cancel go unanswered is not asked again: its connections are cut at once."""
+
+
+class Canceller:
+    """How the statements of one engine are cancelled. Shared by threads without a lock: ``_silent_until`` holds one
+    number a node, and losing one costs an attempt."""
+
+    def __init__(self, cluster: Cluster, *, is_async: bool) -> None:
+        self._driver = cluster.driver
+        self._first = cluster.nodes[0]
+        self._is_async = is_async
+        self._silent_until: dict[str, float] = {}
+
+    def ask(self, record: Any, statement: Any, context: Any) -> Callable[[float], None] | None:
+        """What cancels ``statement``, which is under way on the record's connection; None: it is to be cut.
+
+        Called from another thread, and does not wait.
+        """
+        # SQLAlchemy's StaticPool makes plain records of its own.
+        connection, node = record.dbapi_connection, getattr(record, "node", self._first)
+        if connection is None or monotonic() < self._silent_until.get(node.name, 0.0) or _commits(statement):
+            return None
+        if self._driver.commits_alone(connection) and not _only_reads(statement, context):
+            return None
+        cancel = self._driver.cancel(connection)
+        return None if cancel is None else partial(self._send, node, cancel)
+
+    def _send(self, node: Node, cancel: Cancel, until: float) -> None:
+        # What comes too late for the connection, which is cut meanwhile, still gives the server its time back.
+        limit = until + _LEISURE
+        try:
+            cancel(limit, partial(self._elsewhere, node, limit))
+        finally:
+            now = monotonic()
+            if now > until:
+                self._silent_until[node.name] = now + _SULK
+
+    def _elsewhere(self, node: Node, until: float, work: Callable[[Any], None]) -> None:
+        """Do ``work`` with another connection to the node: the prober's, which is open, or one of our own."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def errand(connection: Any) -> None:
+            try:
+                work(connection)
+            except BaseException as error:
+                done.set_exception(error)
+                raise
+            done.set_result(None)
+
+        def with_our_own() -> None:
+            connection = node.open_raw(max(0.001, until - monotonic()))
+            fd = self._driver.socket_fd(connection)
+            watch = None if fd is None else Watch(fd)
+            try:
+                if watch is not None:
+                    watchdog.appoint(watch, until)
+                work(connection)
+            finally:
+                if watch is not None:
+                    watch.end()
+                getattr(connection, "terminate", connection.close)()
+
+        async def in_a_loop() -> None:
+            async with asyncio.timeout(max(0.0, until - monotonic())):
+                await greenlet_spawn(with_our_own)
+
+        if node.send(errand):
+            done.result(max(0.0, until - monotonic()))
+        elif self._is_async:
+            asyncio.run(in_a_loop())
+        else:
+            with_our_own()
+
+
+def _commits(statement: Any) -> bool:
+    return not isinstance(statement, str) or _COMMIT.search(statement) is not None
+
+
+_COMMIT: Final = re.compile(
+    r"(?:^|;)(?:\s|/\*.*?\*/|--[^\n]*\n)*+(?:commit|end|prepare\s+transaction|xa)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Also in the middle of a text of several statements. PREPARE TRANSACTION and XA are the halves of a two-phase COMMIT,
+and wait for a standby as it does."""
+
+
+def _only_reads(statement: str, context: Any) -> bool:
+    compiled = getattr(context, "compiled", None)
+    is_select = compiled is not None and isinstance(compiled.statement, SelectBase)
+    return is_plain_read(statement, is_select=is_select)
+
+
+# -- PostgreSQL ----------------------------------------------------------------------------------------------------
+
+
+class CancelConnection(Protocol):
+    """libpq's ``PGcancelConn``, as psycopg has it."""
+
+    @property
+    def socket(self) -> int: ...
+    def start(self) -> None: ...
+    def poll(self) -> int: ...
+    def finish(self) -> None: ...
+
+
+_READING, _WRITING, _OK = 1, 2, 3
+"""Of libpq's PostgresPollingStatusType; 0 is FAILED."""
+
+
+def drive(request: CancelConnection, until: float, _elsewhere: object = None) -> None:
+    """See a request of libpq's through, which goes the way its connection went, TLS and all."""
+    try:
+        request.start()
+        while (status := int(request.poll())) != _OK:
+            if status not in {_READING, _WRITING}:
+                raise ConnectionError("the server does not take the cancel")
+            waiter = select.poll()
+            waiter.register(request.socket, select.POLLIN if status == _READING else select.POLLOUT)
+            if not waiter.poll(_milliseconds(until)):
+                raise TimeoutError("the cancel is not answered")
+    finally:
+        request.finish()
+
+
+def send_cancel(
+    address: Any,
+    secure: Callable[[socket.socket], ssl.SSLSocket] | None,
+    session: tuple[int, int],
+    until: float,
+    _elsewhere: object = None,
+) -> None:
+    """Send PostgreSQL's CancelRequest to ``address``, for a ``session`` (its pid and secret)."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_UNSPEC
+    if family == socket.AF_UNSPEC:
+        connected = socket.create_connection(address[:2], _left(until))
+    else:
+        connected = socket.socket(family)
+    with connected as wire:
+        wire.settimeout(_left(until))
+        if family == socket.AF_UNIX:
+            wire.connect(address)
+        if secure is not None:
+            wire = secure(wire)  # noqa: PLW2901 - the same one, from here on encrypted
+        wire.sendall(struct.pack("!iiii", 16, _CANCEL_REQUEST, *session))
+        while True:
+            wire.settimeout(_left(until))
+            try:
+                if not wire.recv(1):
+                    return  # closed: the session has been told
+            except (ConnectionResetError, ssl.SSLError):
+                return  # some close it this way
+
+
+def ask_for_tls(context: ssl.SSLContext, host: str | None, wire: socket.socket) -> ssl.SSLSocket:
+    """Turn a plain connection to PostgreSQL into an encrypted one."""
+    wire.sendall(struct.pack("!ii", 8, _TLS_REQUEST))
+    if wire.recv(1) != b"S":
+        raise ConnectionError("the server does not take TLS here")
+    return context.wrap_socket(wire, server_hostname=host)
+
+
+_CANCEL_REQUEST: Final = 80877102
+_TLS_REQUEST: Final = 80877103
+
+
+def _left(until: float) -> float:
+    left = until - monotonic()
+    if left <= 0:
+        raise TimeoutError("the cancel is not answered")
+    return left
+
+
+def _milliseconds(until: float) -> int:
+    return max(1, int(_left(until) * 1000))
+
+
+# -- MySQL and MariaDB ---------------------------------------------------------------------------------------------
+
+
+def kill_query(
+    session: int, port: int | None, _until: float, elsewhere: Callable[[Callable[[Any], None]], None]
+) -> None:
+    """End what ``session`` does, if the server that answers ``elsewhere`` is the one that has it: behind a balancer
+    it may be another, where the number is somebody else's. ``port``: our end of the session's TCP connection."""
+
+    def kill(connection: Any) -> None:
+        cursor = connection.cursor()
+        try:
+            cursor.execute(f"SELECT host FROM information_schema.processlist WHERE id = {session:d}")
+            row = cursor.fetchone()
+            if row is None or (port is not None and not str(row[0]).endswith(f":{port}")):
+                raise ConnectionError("the session is not to be found")
+            cursor.execute(f"KILL QUERY {session:d}")
+        finally:
+            cursor.close()
+
+    elsewhere(kill)

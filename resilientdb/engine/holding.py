@@ -1,0 +1,144 @@
+"""Holds statements to the deadline in force, and to what becomes of their task.
+
+Before a statement is sent its connection gets an appointment with the watchdog; when the statement has ended,
+whatever was sent to cancel it is waited for, so that nothing arrives later than the caller's next statement, or at
+somebody else's. A task that is cancelled is not kept waiting by its driver, and its connection is kept where the
+server still answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from resilientdb.engine.cancelling import Canceller
+from resilientdb.engine.compat import await_only, record_of_connection
+from resilientdb.errors import DeadlineExceeded
+from resilientdb.runtime.clock import monotonic
+from resilientdb.runtime.watchdog import GRACE, Asking, Watch, aside, watchdog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from resilientdb.engine.cluster import Cluster
+    from resilientdb.runtime.context import Deadline
+
+__all__ = ["Holding", "was_cancelled"]
+
+
+class Holding:
+    """The appointments of one engine's connections."""
+
+    def __init__(self, cluster: Cluster, *, is_async: bool) -> None:
+        self._driver = cluster.driver
+        self._is_async = is_async
+        self._canceller = Canceller(cluster, is_async=is_async)
+
+    def execute(self, deadline: Deadline, execute: Callable[..., None], *arguments: Any) -> None:
+        """``execute(*arguments)``, the dialect's, with the statement second and its context last; ends at the
+        deadline. Raises ``DeadlineExceeded`` if that has passed, or if the server cancelled the statement and the
+        driver does not say so."""
+        statement, context = arguments[1], arguments[-1]
+        record = record_of_connection(context.root_connection)
+        watch = self.hold_to(deadline, record, "a statement was sent")
+        if watch is None:
+            execute(*arguments)
+            return
+        watch.begin(partial(self._canceller.ask, record, statement, context))
+        try:
+            execute(*arguments)
+        except BaseException as error:
+            asking = watch.finished()
+            if asking is not None:
+                self._wait_for(asking, watch)
+                if self._driver.was_cancelled(error):
+                    _mark(error)
+                elif self._driver.cancels_silently:
+                    watch.cut()
+            raise
+        asking = watch.finished()
+        if asking is not None:
+            self._wait_for(asking, watch)
+            if self._driver.cancels_silently:
+                # It may have ended by itself, just before: nobody can tell, and its time is over.
+                watch.cut()
+                raise DeadlineExceeded(f"the deadline of {deadline.seconds:g} s ended during a statement")
+
+    def hold_to(self, deadline: Deadline, record: Any, before: str) -> Watch | None:
+        """Have the watchdog end at the deadline what is about to be sent; refuse to send it after."""
+        if deadline.remaining() <= 0:
+            raise DeadlineExceeded(f"the deadline of {deadline.seconds:g} s ended before {before}")
+        return None if record is None else self.appoint(record, deadline, deadline.expires_at)
+
+    def appoint(self, record: Any, deadline: Deadline, at: float) -> Watch | None:
+        watch = self.watch_of(record)
+        if watch is not None and watch.at != at:
+            watch.still_wanted = deadline.is_in_force
+            watchdog.appoint(watch, at)
+        return watch
+
+    def watch_of(self, record: Any) -> Watch | None:
+        """The record's appointment with the watchdog, made if it has none; None: there is no socket to be cut."""
+        watch: Watch | None = getattr(record, "watch", None)
+        if watch is None:
+            connection = record.dbapi_connection
+            fd = self._driver.socket_fd(connection)
+            if fd is None:
+                return None
+            record.watch = watch = Watch(fd, is_busy=partial(self._driver.is_busy, connection))
+            record.owes = True
+        return watch
+
+    def cut(self, record: Any) -> None:
+        """Cut the connection now; whoever waits for it finds it lost."""
+        watch = self.watch_of(record)
+        if watch is not None:
+            watch.cut()
+
+    def saved(self, record: Any, statement: Any, context: Any) -> bool:
+        """A task was cancelled during a statement: whether its connection can be kept. It is lost if not."""
+        if self._driver.settle(record.dbapi_connection, GRACE):
+            return True
+        self.cut(record)
+        ask = self._canceller.ask(record, statement, context) if self._driver.leaves_it_running else None
+        if ask is not None:
+            aside(ask, monotonic() + GRACE, _nothing)
+        return False
+
+    def _wait_for(self, asking: Asking[None], watch: Watch) -> None:
+        if asking.done():
+            return
+        try:
+            left = max(0.0, watch.until - monotonic())
+            if self._is_async:
+                await_only(_done(asking, left))
+            else:
+                concurrent.futures.wait((asking,), left)
+        finally:
+            if not asking.done():
+                watch.cut()
+
+
+_MARK: Final = "_resilientdb_cancelled"
+
+
+def was_cancelled(error: BaseException) -> bool:
+    """Whether it was the library that had the statement cancelled."""
+    return getattr(error, _MARK, False)
+
+
+def _mark(error: BaseException) -> None:
+    try:
+        setattr(error, _MARK, True)
+    except AttributeError:
+        error.add_note("cancelled at its deadline")
+
+
+async def _done(asking: Asking[None], seconds: float) -> None:
+    await asyncio.wait({asyncio.wrap_future(asking)}, timeout=seconds)
+
+
+def _nothing() -> None:
+    """There is no connection to be cut."""
