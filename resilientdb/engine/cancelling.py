@@ -1,11 +1,11 @@
 """Asks a server to cancel the statement that a connection waits for, by another connection.
 
-PostgreSQL has a message of its own for that: it names a session and its secret, needs no login, and the server closes
-the connection when the session has been told. MySQL and MariaDB take ``KILL QUERY`` from any session of the same user.
+PostgreSQL has a message of its own for that (``runtime.cancel_request``); MySQL and MariaDB take ``KILL QUERY`` from
+any session of the same user. A cancel that arrives late would hit what comes next: so sending one returns only when
+nothing can arrive any more, and ``Holding`` sees to it that nothing comes next before that.
 
-A cancel that arrives late would hit what comes next, so each of these returns only when nothing can arrive any more,
-and the watchdog sees to it that nothing comes next before that. A COMMIT is never cancelled: a server that waits for
-its standby would call it done without the standby, and report success.
+A COMMIT is never cancelled: a server that waits for its standby would call it done without the standby, and report
+success.
 """
 
 from __future__ import annotations
@@ -13,12 +13,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import re
-import select
-import socket
-import ssl
-import struct
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.sql.expression import SelectBase
 
@@ -34,7 +30,7 @@ if TYPE_CHECKING:
     from resilientdb.engine.driver import Cancel
     from resilientdb.engine.node import Node
 
-__all__ = ["Canceller"]
+__all__ = ["Canceller", "kill_query"]
 
 _LEISURE: Final = 1.0
 """Seconds that a cancel may take longer than anybody waits for it."""
@@ -114,14 +110,20 @@ class Canceller:
 
 
 def _commits(statement: Any) -> bool:
-    return not isinstance(statement, str) or _COMMIT.search(statement) is not None
+    """Whether a statement may be, or contain, a COMMIT."""
+    return (
+        not isinstance(statement, str)
+        or len(statement) > _TOO_LONG_TO_SEARCH
+        or _COMMIT.search(statement) is not None
+    )
 
 
+_TOO_LONG_TO_SEARCH: Final = 1_000_000
 _COMMIT: Final = re.compile(
     r"(?:^|;)(?:\s|/\*.*?\*/|--[^\n]*\n)*+(?:commit|end|prepare\s+transaction|xa)\b",
     re.IGNORECASE | re.DOTALL,
 )
-"""Also in the middle of a text of several statements. PREPARE TRANSACTION and XA are the halves of a two-phase COMMIT,
+"""Also in the middle of a text of several statements. PREPARE TRANSACTION and XA are halves of a two-phase COMMIT,
 and wait for a standby as it does."""
 
 
@@ -129,93 +131,6 @@ def _only_reads(statement: str, context: Any) -> bool:
     compiled = getattr(context, "compiled", None)
     is_select = compiled is not None and isinstance(compiled.statement, SelectBase)
     return is_plain_read(statement, is_select=is_select)
-
-
-# -- PostgreSQL ----------------------------------------------------------------------------------------------------
-
-
-class CancelConnection(Protocol):
-    """libpq's ``PGcancelConn``, as psycopg has it."""
-
-    @property
-    def socket(self) -> int: ...
-    def start(self) -> None: ...
-    def poll(self) -> int: ...
-    def finish(self) -> None: ...
-
-
-_READING, _WRITING, _OK = 1, 2, 3
-"""Of libpq's PostgresPollingStatusType; 0 is FAILED."""
-
-
-def drive(request: CancelConnection, until: float, _elsewhere: object = None) -> None:
-    """See a request of libpq's through, which goes the way its connection went, TLS and all."""
-    try:
-        request.start()
-        while (status := int(request.poll())) != _OK:
-            if status not in {_READING, _WRITING}:
-                raise ConnectionError("the server does not take the cancel")
-            waiter = select.poll()
-            waiter.register(request.socket, select.POLLIN if status == _READING else select.POLLOUT)
-            if not waiter.poll(_milliseconds(until)):
-                raise TimeoutError("the cancel is not answered")
-    finally:
-        request.finish()
-
-
-def send_cancel(
-    address: Any,
-    secure: Callable[[socket.socket], ssl.SSLSocket] | None,
-    session: tuple[int, int],
-    until: float,
-    _elsewhere: object = None,
-) -> None:
-    """Send PostgreSQL's CancelRequest to ``address``, for a ``session`` (its pid and secret)."""
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_UNSPEC
-    if family == socket.AF_UNSPEC:
-        connected = socket.create_connection(address[:2], _left(until))
-    else:
-        connected = socket.socket(family)
-    with connected as wire:
-        wire.settimeout(_left(until))
-        if family == socket.AF_UNIX:
-            wire.connect(address)
-        if secure is not None:
-            wire = secure(wire)  # noqa: PLW2901 - the same one, from here on encrypted
-        wire.sendall(struct.pack("!iiii", 16, _CANCEL_REQUEST, *session))
-        while True:
-            wire.settimeout(_left(until))
-            try:
-                if not wire.recv(1):
-                    return  # closed: the session has been told
-            except (ConnectionResetError, ssl.SSLError):
-                return  # some close it this way
-
-
-def ask_for_tls(context: ssl.SSLContext, host: str | None, wire: socket.socket) -> ssl.SSLSocket:
-    """Turn a plain connection to PostgreSQL into an encrypted one."""
-    wire.sendall(struct.pack("!ii", 8, _TLS_REQUEST))
-    if wire.recv(1) != b"S":
-        raise ConnectionError("the server does not take TLS here")
-    return context.wrap_socket(wire, server_hostname=host)
-
-
-_CANCEL_REQUEST: Final = 80877102
-_TLS_REQUEST: Final = 80877103
-
-
-def _left(until: float) -> float:
-    left = until - monotonic()
-    if left <= 0:
-        raise TimeoutError("the cancel is not answered")
-    return left
-
-
-def _milliseconds(until: float) -> int:
-    return max(1, int(_left(until) * 1000))
-
-
-# -- MySQL and MariaDB ---------------------------------------------------------------------------------------------
 
 
 def kill_query(
@@ -227,11 +142,11 @@ def kill_query(
     def kill(connection: Any) -> None:
         cursor = connection.cursor()
         try:
-            cursor.execute(f"SELECT host FROM information_schema.processlist WHERE id = {session:d}")
+            cursor.execute("SELECT host FROM information_schema.processlist WHERE id = %s", (session,))
             row = cursor.fetchone()
             if row is None or (port is not None and not str(row[0]).endswith(f":{port}")):
                 raise ConnectionError("the session is not to be found")
-            cursor.execute(f"KILL QUERY {session:d}")
+            cursor.execute("KILL QUERY %s", (session,))
         finally:
             cursor.close()
 

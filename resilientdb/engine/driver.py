@@ -142,8 +142,8 @@ class Driver:
         return True
 
     def cancel(self, dbapi_connection: object) -> Cancel | None:
-        """What has the server cancel the statement that is under way; None where there is no way to. Called from other
-        threads, and only during a statement."""
+        """What has the server cancel the statement that is under way; None where there is no way to. Called from
+        other threads, and only during a statement."""
         _ = dbapi_connection
         return None
 

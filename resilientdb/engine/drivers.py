@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
-import inspect
 import math
 import os
 import re
@@ -22,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from resilientdb.engine import cancelling, libpq
+from resilientdb.engine import hasty, libpq
 from resilientdb.engine.compat import await_only, undisturbed
 from resilientdb.engine.driver import (
     KEEPALIVE_COUNT,
@@ -35,7 +34,7 @@ from resilientdb.engine.driver import (
     valid_fd,
 )
 from resilientdb.engine.drivers_mysql import MYSQL_DRIVERS
-from resilientdb.runtime.watchdog import GRACE
+from resilientdb.runtime import cancel_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -85,7 +84,6 @@ class _Libpq(Driver):
             return _LIBPQ_STATUS.get(int(connection.info.transaction_status))
         except Exception:  # noqa: BLE001 - a closed connection raises the driver's own errors
             return None
-
 
     def is_busy(self, dbapi_connection: object) -> bool:
         # 1 is ACTIVE: sent, and not answered.
@@ -167,7 +165,7 @@ class _Psycopg(_Libpq):
             request = connection.pgconn.cancel_conn()
         except Exception:  # noqa: BLE001 - before libpq 17 it holds the interpreter's lock while it waits
             return None
-        return partial(cancelling.drive, request)
+        return partial(cancel_request.drive, request)
 
     def is_stale_plan(self, error: BaseException) -> bool:
         # It prepares what it has sent five times, and forgets that with a ROLLBACK only. Meanwhile a table may have
@@ -190,11 +188,11 @@ class _PsycopgAsync(_Psycopg):
 
     def socket_defaults(self, lifecycle: Lifecycle, given: Mapping[str, Any]) -> dict[str, Any]:
         added = super().socket_defaults(lifecycle, given)
-        connect = _connect_hasty()
+        connect = hasty.connect()
         return added if connect is None else {"async_creator_fn": connect, **added}
 
     def settle(self, dbapi_connection: object, seconds: float) -> bool:
-        _ = seconds  # it has been waited for: see _connect_hasty
+        _ = seconds  # it has been waited for: see hasty
         return self.transaction_status(dbapi_connection) in {"idle", "open", "failed"}
 
     def has_declared_read_only(self, dbapi_connection: object) -> bool:
@@ -257,7 +255,7 @@ class _Psycopg2(_Libpq):
     def cancel(self, dbapi_connection: object) -> Cancel | None:
         connection: Any = own_connection(dbapi_connection)
         request = libpq.cancel_connection("psycopg2._psycopg", connection.pgconn_ptr)
-        return None if request is None else partial(cancelling.drive, request)
+        return None if request is None else partial(cancel_request.drive, request)
 
     def withhold_begin(self, dbapi_connection: object) -> None:
         connection: Any = dbapi_connection
@@ -344,13 +342,13 @@ class _Asyncpg(Driver):
         address, secure = connection._addr, None  # noqa: SLF001
         if transport.get_extra_info("ssl_object") is not None:
             context, host = parameters.ssl, None if isinstance(address, str) else address[0]
-            secure = partial(cancelling.ask_for_tls, context, host)
+            secure = partial(cancel_request.ask_for_tls, context, host)
             if getattr(parameters, "direct_tls", False):
                 secure = partial(context.wrap_socket, server_hostname=host)
         if not isinstance(address, str):
             address = transport.get_extra_info("peername")  # the very server, and no name to be resolved
         session = protocol.backend_pid, protocol.backend_secret
-        return partial(cancelling.send_cancel, address, secure, session)
+        return partial(cancel_request.send_cancel, address, secure, session)
 
     def was_cancelled(self, error: BaseException) -> bool:
         return _sqlstate(error) == _QUERY_CANCELED
@@ -479,7 +477,6 @@ _PSYCOPG_READ_COMMITTED: Final = 2
 _LIBPQ_STATUS: Final[dict[int, TransactionStatus]] = {0: "idle", 1: "undecided", 2: "open", 3: "failed"}
 """1 is ACTIVE: a command is running; 4, UNKNOWN, is a connection that is gone."""
 
-_LIBPQ_ACTIVE: Final = 1
 _LIBPQ_FAILED: Final = 3
 _QUERY_CANCELED: Final = "57014"
 _FOR_EVER: Final = 1e6
@@ -526,39 +523,6 @@ def _declared_read_only(setting: Callable[[str], str | None]) -> bool:
         return all(setting(name) == "off" for name in ("in_hot_standby", "default_transaction_read_only"))
     except Exception:  # noqa: BLE001 - an older server, or a connection that is gone
         return False
-
-
-@functools.cache
-def _connect_hasty() -> Any:
-    """``connect`` of a psycopg connection that is quick to end the statement of a task that is cancelled: it would send
-    a cancel and wait for its effect, each for up to five seconds. None where psycopg is not as expected."""
-    try:
-        psycopg: Any = importlib.import_module("psycopg")
-        wait_async = importlib.import_module("psycopg.waiting").wait_async
-        default = inspect.signature(psycopg.AsyncConnection.wait).parameters["interval"].default
-
-        class AsyncConnection(psycopg.AsyncConnection):  # type: ignore[misc, name-defined]
-            async def wait(self, gen: Any, interval: float = default, **options: Any) -> Any:
-                try:
-                    return await wait_async(gen, self.pgconn.socket, interval=interval, **options)
-                except asyncio.CancelledError:
-                    if self.pgconn.transaction_status == _LIBPQ_ACTIVE:
-                        await undisturbed(self._end(gen, interval))
-                    raise
-
-            async def _end(self, gen: Any, interval: float) -> None:
-                try:
-                    async with asyncio.timeout(GRACE):
-                        await self.cancel_safe(timeout=GRACE)
-                        await wait_async(gen, self.pgconn.socket, interval=interval)
-                except psycopg.errors.QueryCanceled:
-                    pass
-                except Exception:  # noqa: BLE001 - it does not answer
-                    self.pgconn.finish()
-
-    except (ImportError, AttributeError, KeyError):
-        return None
-    return AsyncConnection.connect
 
 
 def _sqlstate(error: BaseException) -> str | None:

@@ -130,7 +130,9 @@ class _AsyncMySQL(_MySQL):
     """On an asyncio transport, which is the protocol's own or a stream's."""
 
     __slots__ = ()
-    leaves_it_running = True  # and the connection is lost: it is closed, or the reply would be taken for the next one
+    leaves_it_running = (
+        True  # and the connection is lost: it is closed, or the reply would be taken for the next one
+    )
 
     def socket_defaults(self, lifecycle: Lifecycle, given: Mapping[str, Any]) -> dict[str, Any]:
         added: dict[str, Any] = {"async_creator_fn": _CREATORS[self.name]}

@@ -97,9 +97,15 @@ class Holding:
         if watch is not None:
             watch.cut()
 
-    def saved(self, record: Any, statement: Any, context: Any) -> bool:
-        """A task was cancelled during a statement: whether its connection can be kept. It is lost if not."""
-        if self._driver.settle(record.dbapi_connection, GRACE):
+    def saved(self, error: BaseException, record: Any, statement: Any, context: Any) -> bool:
+        """Something ended a statement that is no failure of it: whether it was a cancellation of the task, and the
+        connection can be kept. It is lost if not.
+
+        Only a statement's: after a ROLLBACK that was cancelled, SQLAlchemy believes it done.
+        """
+        if not self._is_async or not isinstance(error, asyncio.CancelledError):
+            return False
+        if statement is not None and self._driver.settle(record.dbapi_connection, GRACE):
             return True
         self.cut(record)
         ask = self._canceller.ask(record, statement, context) if self._driver.leaves_it_running else None

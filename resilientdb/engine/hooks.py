@@ -7,7 +7,6 @@ All three hang on the dialect, so that connections keep SQLAlchemy's fast path f
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
@@ -26,14 +25,16 @@ from resilientdb.errors import (
 )
 from resilientdb.policy.faults import Fault, Phase, blame_the_application, classify, describe, evidence
 from resilientdb.runtime.clock import monotonic
-from resilientdb.runtime.context import Deadline, current_deadline, is_read_only
-from resilientdb.runtime.watchdog import Watch, watchdog
+from resilientdb.runtime.context import current_deadline, is_read_only
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy import Engine
     from sqlalchemy.engine.interfaces import ExceptionContext
 
     from resilientdb.engine.cluster import Cluster
+    from resilientdb.runtime.watchdog import Watch
 
 __all__ = ["WITH_BEGIN", "install"]
 
@@ -57,7 +58,6 @@ class _Hooks:
         self._cluster = cluster
         dialect = engine.dialect
         self._holding = Holding(cluster, is_async=dialect.is_async)
-        self._has_server = cluster.has_server
         event.listen(engine, "handle_error", self._on_error)
         self._is_idle = cluster.driver.is_idle
         self._is_known = type(cluster.driver) is not Driver
@@ -67,18 +67,18 @@ class _Hooks:
         self._commit = dialect.do_commit
         self._rollback = dialect.do_rollback
         self._execute_no_params = dialect.do_execute_no_params
-        dialect.do_execute = self._holding_to(dialect.do_execute)
-        dialect.do_executemany = self._holding_to(dialect.do_executemany)
-        dialect.do_execute_no_params = self._holding_to(self._do_execute_no_params)
+        dialect.do_execute = self._holding_to(dialect.do_execute)  # type: ignore[method-assign]
+        dialect.do_executemany = self._holding_to(dialect.do_executemany)  # type: ignore[method-assign]
+        dialect.do_execute_no_params = self._holding_to(self._do_execute_no_params)  # type: ignore[method-assign]
         dialect.do_commit = self._do_commit  # type: ignore[method-assign, assignment]
         dialect.do_rollback = self._do_rollback  # type: ignore[method-assign, assignment]
 
     # -- before ----------------------------------------------------------------------------------------------
 
-    def _holding_to(self, execute):
+    def _holding_to(self, execute: Callable[..., None]) -> Callable[..., None]:
         hold = self._holding.execute
 
-        def held(*arguments):
+        def held(*arguments: Any) -> None:
             deadline = current_deadline()
             if deadline is None or arguments[-1] is None:
                 execute(*arguments)
@@ -137,36 +137,26 @@ class _Hooks:
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
         error = context.original_exception
-        if context.is_pre_ping:
-            return None
-        record = record_of_connection(context.connection)
-        if isinstance(error, ResilienceError):
-            if record is not None and record.watch is not None and record.watch.fired:
-                _was_our_hand(context)
-            return None
+        record = None if context.is_pre_ping else record_of_connection(context.connection)
         if record is None:
             return None  # a failed connect: the door settles it
-        phase = Phase.COMMIT if _was_commit(error) else Phase.STATEMENT
         watch: Watch | None = getattr(record, "watch", None)
         cut = watch is not None and watch.fired
-        cancelled = not cut and was_cancelled(error)
-        saved = False
         if cut:
-            _was_our_hand(context)
-        elif self._in_tasks and phase is Phase.STATEMENT and isinstance(error, asyncio.CancelledError):
-            saved = self._holding.saved(record, context.statement, context.execution_context)
-            context.is_disconnect = not saved
+            # Ours was the hand that broke this connection; the others are not to blame.
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+        if isinstance(error, ResilienceError):
+            return None
+        phase = Phase.COMMIT if _was_commit(error) else Phase.STATEMENT
         if classify(error) is Fault.WRONG_ROLE and self._has_declared_read_only(context, record):
             blame_the_application(error)
-        self._settle(record, error, phase, cut=cut, cancelled=cancelled)
+        late = cut or was_cancelled(error)
+        self._settle(record, error, phase, cut=cut, late=late)
         fault = classify(error, phase)
         if phase is Phase.STATEMENT:
             record.failed_with = (describe(error), fault.retry_transaction)  # see _aborted
-        if fault.evicts_connection and not context.is_disconnect and not saved and self._cluster.has_server:
-            # SQLAlchemy would keep it, and pre_ping would call it healthy for ever: it is, but it leads to the
-            # wrong node, or its session is beyond repair.
-            context.is_disconnect = True
-            context.invalidate_pool_on_disconnect = False
+        self._keep_or_evict(context, record, fault, phase)
         in_doubt = phase is Phase.COMMIT and (fault is Fault.IN_DOUBT or cut)
         if not isinstance(error, Exception):
             # A cancellation stays one, or a task that was told to end would carry on.
@@ -179,14 +169,27 @@ class _Hooks:
             return CommitOutcomeUnknown(
                 f"COMMIT was sent and its reply was lost ({describe(error)}): it may have been committed or not"
             )
-        if cut or cancelled:
+        if late:
             deadline = current_deadline()
             return DeadlineExceeded(
                 f"the deadline{f' of {deadline.seconds:g} s' if deadline else ''} ended during a statement"
             )
         return None
 
-    def _settle(self, record: Any, error: BaseException, phase: Phase, *, cut: bool, cancelled: bool) -> None:
+    def _keep_or_evict(self, context: ExceptionContext, record: Any, fault: Fault, phase: Phase) -> None:
+        """Have SQLAlchemy keep the connection where it would give up a good one, and the other way round."""
+        error = context.original_exception
+        if phase is Phase.STATEMENT and self._holding.saved(
+            error, record, context.statement, context.execution_context
+        ):
+            context.is_disconnect = False
+        elif fault.evicts_connection and not context.is_disconnect and self._cluster.has_server:
+            # SQLAlchemy would keep it, and pre_ping would call it healthy for ever: it is, but it leads to the
+            # wrong node, or its session is beyond repair.
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+
+    def _settle(self, record: Any, error: BaseException, phase: Phase, *, cut: bool, late: bool) -> None:
         """Tell the breaker of the node what the failure shows, now rather than at the checkin."""
         # SQLAlchemy's StaticPool makes plain records of its own.
         node = getattr(record, "node", self._cluster.nodes[0])
@@ -196,7 +199,6 @@ class _Hooks:
         if cut or fault is Fault.WRONG_ROLE or fault.is_node_failure:
             node.suspect()
         permit = getattr(record, "permit", None)
-        late = cut or cancelled
         if permit is None or (fault.is_healthy_reply and not late):
             return
         record.permit = None
@@ -217,12 +219,6 @@ class _Hooks:
         node = getattr(record, "node", None)
         is_replica = node is not None and node.role == "replica"
         return not is_replica and self._cluster.driver.has_declared_read_only(record.dbapi_connection)
-
-
-def _was_our_hand(context: ExceptionContext) -> None:
-    """It was the library that broke this connection; the others are not to blame."""
-    context.is_disconnect = True
-    context.invalidate_pool_on_disconnect = False
 
 
 def _cannot_have_written(record: Any) -> bool:

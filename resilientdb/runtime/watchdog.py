@@ -49,7 +49,18 @@ class Watch:
     and will not be touched, and no cancel is under way.
     """
 
-    __slots__ = ("__weakref__", "_asking", "_fd", "_guard", "ask", "at", "fired", "is_busy", "still_wanted", "until")
+    __slots__ = (
+        "__weakref__",
+        "_asking",
+        "_fd",
+        "_guard",
+        "ask",
+        "at",
+        "fired",
+        "is_busy",
+        "still_wanted",
+        "until",
+    )
 
     def __init__(
         self,
@@ -141,7 +152,7 @@ class Watch:
 
     def _look(self) -> float | None:
         """Between two statements: a connection that waits for nothing need not be lost."""
-        return None if self.is_busy is None or self.is_busy() else monotonic() + GRACE
+        return None if self.is_busy is None or self.is_busy() else monotonic() + GRACE / 2
 
     def _cut(self) -> None:
         if self._fd is None:
