@@ -57,14 +57,19 @@ class Canceller:
         connection, node = record.dbapi_connection, getattr(record, "node", self._first)
         if connection is None or monotonic() < self._silent_until.get(node.name, 0.0) or _commits(statement):
             return None
-        if self._driver.commits_alone(connection) and not _only_reads(statement, context):
+        try:
+            if self._driver.commits_alone(connection) and not _only_reads(statement, context):
+                return None
+            cancel = self._driver.cancel(connection)
+        except Exception:  # noqa: BLE001 - it has just lost its server
             return None
-        cancel = self._driver.cancel(connection)
         return None if cancel is None else partial(self._send, node, cancel)
 
     def _send(self, node: Node, cancel: Cancel, until: float) -> None:
         # What comes too late for the connection, which is cut meanwhile, still gives the server its time back.
         limit = until + _LEISURE
+        if monotonic() < self._silent_until.get(node.name, 0.0):
+            raise TimeoutError("the node has become silent")
         try:
             cancel(limit, partial(self._elsewhere, node, limit))
         finally:

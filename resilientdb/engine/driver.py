@@ -155,9 +155,6 @@ class Driver:
     cancels_silently = False
     """Whether a statement that is cancelled may look as if it had ended by itself, with whatever result."""
 
-    leaves_it_running = False
-    """Whether the server goes on with the statement of a task that is cancelled, unless we end it."""
-
     def settle(self, dbapi_connection: object, seconds: float) -> bool:
         """After a task was cancelled during a statement: wait until the driver's own cancel has come to its end.
         Whether the connection is as before the statement, or its transaction is, which then has failed."""

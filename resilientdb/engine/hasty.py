@@ -7,13 +7,17 @@ of one second ends after eleven.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import importlib
 import inspect
+from functools import partial
 from typing import Any, Final
 
 from resilientdb.engine.compat import undisturbed
-from resilientdb.runtime.watchdog import GRACE
+from resilientdb.runtime.cancel_request import drive
+from resilientdb.runtime.clock import monotonic
+from resilientdb.runtime.watchdog import GRACE, aside
 
 __all__ = ["connect"]
 
@@ -40,11 +44,14 @@ def connect() -> Any:
 
             async def _end(self, gen: Any, interval: float) -> None:
                 try:
+                    cancel = partial(drive, self.pgconn.cancel_conn())
+                    # Elsewhere, so that the server hears of it, too, if that takes longer than we wait.
+                    asking = aside(cancel, monotonic() + 1.0, lambda: None)
                     async with asyncio.timeout(GRACE):
-                        await self.cancel_safe(timeout=GRACE)
-                        await wait_async(gen, self.pgconn.socket, interval=interval)
-                except psycopg.errors.QueryCanceled:
-                    pass
+                        with contextlib.suppress(psycopg.errors.QueryCanceled):
+                            await wait_async(gen, self.pgconn.socket, interval=interval)
+                        if asking is not None:
+                            await asyncio.wrap_future(asking)
                 except Exception:  # noqa: BLE001 - it does not answer
                     self.pgconn.finish()
 

@@ -105,11 +105,12 @@ class Holding:
         """
         if not self._is_async or not isinstance(error, asyncio.CancelledError):
             return False
+        ask = self._canceller.ask(record, statement, context)
         if statement is not None and self._driver.settle(record.dbapi_connection, GRACE):
             return True
         self.cut(record)
-        ask = self._canceller.ask(record, statement, context) if self._driver.leaves_it_running else None
         if ask is not None:
+            # The driver may not have asked the server to stop, or not have had the time.
             aside(ask, monotonic() + GRACE, _nothing)
         return False
 

@@ -22,6 +22,7 @@ import os
 import socket
 import threading
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from resilientdb.runtime.clock import monotonic
@@ -36,7 +37,9 @@ GRACE: Final = 0.06
 call may be late by is 0.1; the rest is for threads to wake up in."""
 
 _MOST_ASKED: Final = 16
-"""Cancels that may be under way at once, in the process: each is a thread. Beyond them, connections are cut."""
+"""Cancels that may be under way at once, in the process: each is a thread. One that has to wait for its turn may be
+too late to save a connection, but not for the server, which goes on with the statement until it hears."""
+_MOST_WAITING: Final = 1000
 
 Asking = concurrent.futures.Future
 """A cancel under way. It is done when it can no longer reach the server."""
@@ -191,7 +194,7 @@ class Watchdog:
     def after_fork(self) -> None:
         """In the child: the thread did not come along, and the sockets are the parent's."""
         self.__init__()  # type: ignore[misc]
-        _reset_asked()
+        _aside.__init__()  # type: ignore[misc]
 
     def _enter(self, watch: Watch, at: float) -> None:
         entry = (at, next(self._serial), weakref.ref(watch))
@@ -239,40 +242,59 @@ def _is_due(entry: tuple[float, int, weakref.ref[Watch]]) -> bool:
     return watch is not None and watch.at == entry[0]
 
 
-_places = threading.BoundedSemaphore(_MOST_ASKED)
+class _Aside:
+    """Threads that come and go, a few at a time, and what waits for one. ``_lock`` guards both."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def run(self, work: Callable[[], None]) -> bool:
+        """Have ``work``, which does not raise, done soon; False if there is too much already."""
+        with self._lock:
+            if self._running >= _MOST_ASKED:
+                if len(self._waiting) >= _MOST_WAITING:
+                    return False
+                self._waiting.append(work)
+                return True
+            self._running += 1
+        try:
+            # Not a Thread, whose start() waits for it to run: the watchdog has other appointments.
+            _thread.start_new_thread(self._work, (work,))
+        except RuntimeError:
+            with self._lock:
+                self._running -= 1
+            return False
+        return True
+
+    def _work(self, work: Callable[[], None] | None) -> None:
+        while work is not None:
+            work()
+            with self._lock:
+                work = self._waiting.popleft() if self._waiting else None
+                if work is None:
+                    self._running -= 1
 
 
-def _reset_asked() -> None:
-    global _places  # noqa: PLW0603 - in a child of a fork, where those who hold places have not come along
-    _places = threading.BoundedSemaphore(_MOST_ASKED)
+_aside = _Aside()
 
 
 def aside(cancel: Callable[[float], None], until: float, failed: Callable[[], None]) -> Asking[None] | None:
-    """Call ``cancel(until)`` in a thread of its own; None if there are too many already. ``failed`` is called before
-    it is done if it raises."""
-    places = _places
-    if not places.acquire(blocking=False):
-        return None
+    """Call ``cancel(until)`` in another thread; None if too many are to be called already. If it raises, ``failed`` is
+    called before it is done."""
     asking: Asking[None] = concurrent.futures.Future()
     asking.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
-            try:
-                cancel(until)
-            except BaseException:  # noqa: BLE001 - whatever it is, nobody but the caller's statement is to hear of it
-                failed()
+            cancel(until)
+        except BaseException:  # noqa: BLE001 - nobody but the caller's statement is to hear of it
+            failed()
         finally:
-            places.release()
             asking.set_result(None)
 
-    try:
-        # Not a Thread, whose start() waits for it to run: the watchdog has other appointments.
-        _thread.start_new_thread(run, ())
-    except RuntimeError:
-        places.release()
-        return None
-    return asking
+    return asking if _aside.run(run) else None
 
 
 watchdog = Watchdog()

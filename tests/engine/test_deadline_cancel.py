@@ -46,7 +46,8 @@ class App:
         self.loop = asyncio.new_event_loop() if driver in ASYNC else None
         make: Any = rdb.create_async_engine if self.loop else rdb.create_engine
         url = server.url(driver) if port is None else server.url(driver, port=port)
-        patient = rdb.BreakerPolicy(minimum_calls=1_000_000)
+        # A prober that sees the silence would have the circuit refuse the next call.
+        patient = rdb.BreakerPolicy(minimum_calls=1_000_000, enabled=port is None)
         self.engine: Any = make(url, pool_size=1, max_overflow=0, resilience=rdb.Resilience(breaker=patient))
         self.control: Any = rdb.control(self.engine)
         self.slow = "SELECT pg_sleep(30)" if self.is_postgresql else "SELECT sleep(30)"
