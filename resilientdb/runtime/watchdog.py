@@ -281,8 +281,8 @@ _aside = _Aside()
 
 
 def aside(cancel: Callable[[float], None], until: float, failed: Callable[[], None]) -> Asking[None] | None:
-    """Call ``cancel(until)`` in another thread; None if too many are to be called already. If it raises, ``failed`` is
-    called before it is done."""
+    """Call ``cancel(until)`` in another thread; None if too many are to be called already. If it raises, ``failed``
+    is called before it is done."""
     asking: Asking[None] = concurrent.futures.Future()
     asking.set_running_or_notify_cancel()
 
