@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,6 +43,10 @@ class Holding:
         driver does not say so."""
         statement, context = arguments[1], arguments[-1]
         record = record_of_connection(context.root_connection)
+        if deadline.remaining() <= 0 and record is not None and _is_rollback(statement):
+            self.hold_rollback(deadline, record)
+            execute(*arguments)
+            return
         watch = self.hold_to(deadline, record, "a statement was sent")
         if watch is None:
             execute(*arguments)
@@ -70,9 +75,13 @@ class Holding:
         """Have the watchdog end at the deadline what is about to be sent; refuse to send it after."""
         if deadline.remaining() <= 0:
             raise DeadlineExceeded(f"the deadline of {deadline.seconds:g} s ended before {before}")
-        return None if record is None else self.appoint(record, deadline, deadline.expires_at)
+        return None if record is None else self._appoint(record, deadline, deadline.expires_at)
 
-    def appoint(self, record: Any, deadline: Deadline, at: float) -> Watch | None:
+    def hold_rollback(self, deadline: Deadline, record: Any) -> None:
+        """Have the watchdog end a rollback at the deadline, or if that has passed already, soon."""
+        self._appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))
+
+    def _appoint(self, record: Any, deadline: Deadline, at: float) -> Watch | None:
         watch = self.watch_of(record)
         if watch is not None and watch.at != at:
             watch.still_wanted = deadline.is_in_force
@@ -127,6 +136,18 @@ class Holding:
             if not asking.done():
                 watch.cut()
 
+
+_ROLLBACK_GRACE: Final = 0.1
+"""Seconds a rollback may take when the deadline has passed already: it is sent to a connection that answered just
+now, and saves that connection."""
+
+
+def _is_rollback(statement: Any) -> bool:
+    """Also to a savepoint, whose block is often inside the deadline's."""
+    return isinstance(statement, str) and _ROLLBACK.match(statement) is not None
+
+
+_ROLLBACK: Final = re.compile(r"\s*ROLLBACK(?!\s+PREPARED)\b", re.IGNORECASE)
 
 _MARK: Final = "_resilientdb_cancelled"
 

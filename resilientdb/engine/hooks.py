@@ -24,7 +24,6 @@ from resilientdb.errors import (
     TransactionAborted,
 )
 from resilientdb.policy.faults import Fault, Phase, blame_the_application, classify, describe, evidence
-from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.context import current_deadline, is_read_only
 
 if TYPE_CHECKING:
@@ -40,10 +39,6 @@ __all__ = ["WITH_BEGIN", "install"]
 
 WITH_BEGIN: Any = {"no_parameters": True, "resilientdb_with_begin": True}
 """The execution options of a statement without parameters that may go in one message with its BEGIN."""
-
-_ROLLBACK_GRACE = 0.1
-"""Seconds a ROLLBACK may take when the deadline has passed already: it is sent to a connection that answered
-just now, and saves that connection."""
 
 
 def install(engine: Engine, cluster: Cluster) -> None:
@@ -126,7 +121,7 @@ class _Hooks:
             return  # the driver would send nothing either, but take its time to find that out
         deadline = current_deadline()
         if deadline is not None and (record := record_of(connection)) is not None:
-            self._holding.appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))
+            self._holding.hold_rollback(deadline, record)
         # SQLAlchemy's proxy looks for a method twice before it asks the driver's connection. But a dialect of which
         # nothing is known may count on the proxy, and a program may have put a method of its own there.
         if raw is not connection and self._is_known and "rollback" not in getattr(connection, "__dict__", ()):

@@ -6,6 +6,7 @@ when the session has been told. What comes after that cannot be hit by it.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import ssl
@@ -57,17 +58,10 @@ def send_cancel(
     _elsewhere: object = None,
 ) -> None:
     """Send PostgreSQL's CancelRequest to ``address``, for a ``session`` (its pid and secret)."""
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_UNSPEC
-    if family == socket.AF_UNSPEC:
-        connected = socket.create_connection(address[:2], _left(until))
-    else:
-        connected = socket.socket(family)
-    with connected as wire:
-        wire.settimeout(_left(until))
-        if family == socket.AF_UNIX:
-            wire.connect(address)
+    with contextlib.ExitStack() as stack:
+        wire = stack.enter_context(_connected(address, _left(until)))
         if secure is not None:
-            wire = secure(wire)
+            wire = stack.enter_context(secure(wire))  # the same one, from here on encrypted
         wire.sendall(struct.pack("!iiii", 16, _CANCEL_REQUEST, *session))
         while True:
             wire.settimeout(_left(until))
@@ -76,6 +70,19 @@ def send_cancel(
                     return  # closed: the session has been told
             except (ConnectionResetError, ssl.SSLError):
                 return  # some close it this way
+
+
+def _connected(address: Any, seconds: float) -> socket.socket:
+    if not isinstance(address, str):
+        return socket.create_connection(address[:2], seconds)
+    wire = socket.socket(socket.AF_UNIX)
+    try:
+        wire.settimeout(seconds)
+        wire.connect(address)
+    except BaseException:
+        wire.close()
+        raise
+    return wire
 
 
 def ask_for_tls(context: ssl.SSLContext, host: str | None, wire: socket.socket) -> ssl.SSLSocket:

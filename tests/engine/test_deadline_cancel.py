@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
+import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,9 +17,9 @@ import anyio
 import pytest
 
 import resilientdb as rdb
-from resilientdb.engine.cancelling import _commits
+from resilientdb.engine.cancelling import _commits, kill_query
 from resilientdb.engine.driver import Driver
-from resilientdb.testing import faults
+from resilientdb.testing import Postgres, ServiceUnavailable, faults
 from tests.engine.conftest import until
 from tests.engine.provoking import ASYNC
 
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from resilientdb.testing.mariadb import MariaDB
-    from resilientdb.testing.postgres import Postgres
     from resilientdb.testing.toxiproxy import Proxy, ToxiproxyServer
 
 POSTGRESQL = ["psycopg", "psycopg2", "psycopg_async", "asyncpg"]
@@ -40,12 +41,14 @@ SECONDS = 0.4
 class App:
     """An engine with one connection, sync or async, one way to use both, and a look at its server from outside."""
 
-    def __init__(self, server: Postgres | MariaDB, driver: str, port: int | None = None) -> None:
+    def __init__(
+        self, server: Postgres | MariaDB, driver: str, port: int | None = None, option: str = ""
+    ) -> None:
         self.server = server
         self.is_postgresql = driver in POSTGRESQL
         self.loop = asyncio.new_event_loop() if driver in ASYNC else None
         make: Any = rdb.create_async_engine if self.loop else rdb.create_engine
-        url = server.url(driver) if port is None else server.url(driver, port=port)
+        url = (server.url(driver) if port is None else server.url(driver, port=port)) + option
         # A prober that sees the silence would have the circuit refuse the next call.
         patient = rdb.BreakerPolicy(minimum_calls=1_000_000, enabled=port is None)
         self.engine: Any = make(url, pool_size=1, max_overflow=0, resilience=rdb.Resilience(breaker=patient))
@@ -166,12 +169,19 @@ def test_cancelled_at_the_server_and_the_connection_stays(app: App) -> None:
 
 
 @only(*POSTGRESQL)
-def test_a_savepoint_survives(app: App) -> None:
+@pytest.mark.parametrize("inside", [False, True], ids=["deadline around", "deadline inside"])
+def test_a_savepoint_survives(app: App, *, inside: bool) -> None:
     """The caller sets less time for a part of a transaction, and goes on without that part."""
 
     def work(connection: sa.Connection) -> tuple[int, int]:
         before = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
-        with pytest.raises(rdb.DeadlineExceeded), connection.begin_nested(), rdb.deadline(0.2):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(pytest.raises(rdb.DeadlineExceeded))
+            if inside:
+                stack.enter_context(connection.begin_nested())
+            stack.enter_context(rdb.deadline(0.2))
+            if not inside:
+                stack.enter_context(connection.begin_nested())
             connection.exec_driver_sql(app.slow)
         return before, connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
 
@@ -358,6 +368,75 @@ def test_on_the_edge(app: App) -> None:
             exceeded += 1
         assert app.run("SELECT 1") == 1
     assert exceeded
+
+
+@only(*MYSQL)
+def test_a_session_of_that_number_that_is_another_s_is_left_alone(app: App) -> None:
+    """Behind a balancer, the server that is asked may not be the one that has it: then the port is not the same."""
+    node = app.control._cluster.nodes[0]
+    outcome: list[object] = []
+
+    def elsewhere(work: Callable[[Any], None]) -> None:
+        done = threading.Event()
+
+        def errand(connection: Any) -> None:
+            try:
+                work(connection)
+            except BaseException as error:  # noqa: BLE001 - what it is for
+                outcome.append(error)
+            done.set()
+
+        assert node.send(errand)
+        assert done.wait(10)
+
+    killer = threading.Timer(0.2, kill_query, (app.session, 1, 0.0, elsewhere))
+    killer.start()
+    assert app.run("SELECT sleep(0.5)") == 0, "it was not interrupted"
+    killer.join()
+    assert [type(one) for one in outcome] == [ConnectionError]
+
+
+@pytest.fixture(scope="module")
+def encrypted() -> Iterator[Postgres]:
+    """A PostgreSQL that takes TLS."""
+    try:
+        server = Postgres(name="tls", major=15)
+    except ServiceUnavailable as missing:
+        pytest.skip(str(missing))
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl to make a certificate with")
+    try:
+        server.start()
+        key, certificate = server.data / "server.key", server.data / "server.crt"
+        made = ["req", "-new", "-x509", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+        command = [openssl, *made, "-out", str(certificate), "-keyout", str(key)]
+        subprocess.run(command, check=True, capture_output=True)
+        owner = server.data.stat()
+        for file in (key, certificate):
+            os.chown(file, owner.st_uid, owner.st_gid)
+            file.chmod(0o600)
+        server.configure(ssl="on")
+        server.restart()
+        yield server
+    finally:
+        server.close()
+
+
+@only(*POSTGRESQL)
+def test_an_encrypted_connection(driver: str, encrypted: Postgres) -> None:
+    option = "?ssl=require" if driver == "asyncpg" else "?sslmode=require"
+    app = App(encrypted, driver, option=option)
+    assert app.run("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()") is True
+    for _ in range(5):  # a busy machine may not manage a handshake in the time there is
+        app.session = app.ask_session()
+        assert late_by(lambda: app.run(app.slow), SECONDS) < 1
+        until(lambda: not app.is_working(), "the server has stopped")
+        if app.ask_session() == app.session:
+            break
+    else:
+        pytest.fail("the connection was lost each time")
+    app.close()
 
 
 # -- the server does not answer --------------------------------------------------------------------------------------
