@@ -34,19 +34,15 @@ __all__ = ["Canceller", "kill_query"]
 
 _LEISURE: Final = 1.0
 """Seconds that a cancel may take longer than anybody waits for it."""
-_SULK: Final = 1.0
-"""Seconds for which a node that let a cancel go unanswered is not asked again: its connections are cut at once."""
 
 
 class Canceller:
-    """How the statements of one engine are cancelled. Shared by threads without a lock: ``_silent_until`` holds one
-    number a node, and losing one costs an attempt."""
+    """How the statements of one engine are cancelled."""
 
     def __init__(self, cluster: Cluster, *, is_async: bool) -> None:
         self._driver = cluster.driver
         self._first = cluster.nodes[0]
         self._is_async = is_async
-        self._silent_until: dict[str, float] = {}
 
     def ask(self, record: Any, statement: Any, context: Any) -> Callable[[float], None] | None:
         """What cancels ``statement``, which is under way on the record's connection; None: it is to be cut.
@@ -55,7 +51,7 @@ class Canceller:
         """
         # SQLAlchemy's StaticPool makes plain records of its own.
         connection, node = record.dbapi_connection, getattr(record, "node", self._first)
-        if connection is None or monotonic() < self._silent_until.get(node.name, 0.0) or _commits(statement):
+        if connection is None or _commits(statement):
             return None
         try:
             if self._driver.commits_alone(connection) and not _only_reads(statement, context):
@@ -68,14 +64,7 @@ class Canceller:
     def _send(self, node: Node, cancel: Cancel, until: float) -> None:
         # What comes too late for the connection, which is cut meanwhile, still gives the server its time back.
         limit = until + _LEISURE
-        if monotonic() < self._silent_until.get(node.name, 0.0):
-            raise TimeoutError("the node has become silent")
-        try:
-            cancel(limit, partial(self._elsewhere, node, limit))
-        finally:
-            now = monotonic()
-            if now > until:
-                self._silent_until[node.name] = now + _SULK
+        cancel(limit, partial(self._elsewhere, node, limit))
 
     def _elsewhere(self, node: Node, until: float, work: Callable[[Any], None]) -> None:
         """Do ``work`` with another connection to the node: the prober's, which is open, or one of our own."""
@@ -109,6 +98,8 @@ class Canceller:
         if node.send(errand):
             done.result(max(0.0, until - monotonic()))
         elif self._is_async:
+            if node.connector is None:
+                raise ConnectionError("a creator of the user's own may belong to the application's loop")
             asyncio.run(in_a_loop())
         else:
             with_our_own()
