@@ -349,6 +349,14 @@ def test_a_cancel_that_is_not_answered_costs_the_connection(
     with contextlib.suppress(rdb.DeadlineExceeded), rdb.deadline(0.2):
         app.run(nap)
     assert time.monotonic() - began < 1
+
+    def work(connection: sa.Connection) -> None:
+        with rdb.deadline(0.2):
+            connection.exec_driver_sql(nap)
+        connection.exec_driver_sql("SELECT 1")
+
+    with pytest.raises(rdb.DeadlineExceeded, match="ended during a statement"):
+        app.transact(work)
     monkeypatch.undo()
     assert app.ask_session() != app.session
     let_go.set()
