@@ -42,7 +42,7 @@ class Holding:
         deadline. Raises ``DeadlineExceeded`` if that has passed, or if the server cancelled the statement and the
         driver does not say so."""
         statement, context = arguments[1], arguments[-1]
-        record = record_of_connection(context.root_connection)
+        record = record_of_connection(getattr(context, "root_connection", None))
         if deadline.remaining() <= 0 and record is not None and _is_rollback(statement):
             self.hold_rollback(deadline, record)
             execute(*arguments)

@@ -1,7 +1,7 @@
 """What the library does around each statement: hold it to the deadline, and learn from how it ends.
 
-Three places see everything that is sent on a connection: SQLAlchemy's ``do_execute`` events (statements), the
-dialect's ``do_commit`` and ``do_rollback`` (the rest), and ``handle_error`` (every failure but a failed connect).
+Three places see everything that is sent on a connection: the dialect's ``do_execute`` and its like (``statements``),
+its ``do_commit`` and ``do_rollback``, and SQLAlchemy's event ``handle_error`` (every failure but a failed connect).
 All three hang on the dialect, so that connections keep SQLAlchemy's fast path for engines without events.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
-from resilientdb.engine import reading, slow_calls
+from resilientdb.engine import reading, statements
 from resilientdb.engine.commit import without_cancelling
 from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.engine.drivers import Driver
@@ -27,8 +27,6 @@ from resilientdb.policy.faults import Fault, Phase, blame_the_application, class
 from resilientdb.runtime.context import current_deadline, is_read_only
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sqlalchemy import Engine
     from sqlalchemy.engine.interfaces import ExceptionContext
 
@@ -43,16 +41,16 @@ WITH_BEGIN: Any = {"no_parameters": True, "resilientdb_with_begin": True}
 
 def install(engine: Engine, cluster: Cluster) -> None:
     """Attach the library to a finished engine, once."""
-    _Hooks(engine, cluster)
+    hooks = _Hooks(engine, cluster)
     reading.attach(engine, cluster.driver)
-    slow_calls.attach(engine, cluster)
+    statements.attach(engine, cluster, hooks.holding.execute)
 
 
 class _Hooks:
     def __init__(self, engine: Engine, cluster: Cluster) -> None:
         self._cluster = cluster
         dialect = engine.dialect
-        self._holding = Holding(cluster, is_async=dialect.is_async)
+        self.holding = Holding(cluster, is_async=dialect.is_async)
         event.listen(engine, "handle_error", self._on_error)
         self._is_idle = cluster.driver.is_idle
         self._is_known = type(cluster.driver) is not Driver
@@ -62,25 +60,11 @@ class _Hooks:
         self._commit = dialect.do_commit
         self._rollback = dialect.do_rollback
         self._execute_no_params = dialect.do_execute_no_params
-        dialect.do_execute = self._holding_to(dialect.do_execute)  # type: ignore[method-assign]
-        dialect.do_executemany = self._holding_to(dialect.do_executemany)  # type: ignore[method-assign]
-        dialect.do_execute_no_params = self._holding_to(self._do_execute_no_params)  # type: ignore[method-assign]
+        dialect.do_execute_no_params = self._do_execute_no_params  # type: ignore[method-assign]
         dialect.do_commit = self._do_commit  # type: ignore[method-assign, assignment]
         dialect.do_rollback = self._do_rollback  # type: ignore[method-assign, assignment]
 
     # -- before ----------------------------------------------------------------------------------------------
-
-    def _holding_to(self, execute: Callable[..., None]) -> Callable[..., None]:
-        hold = self._holding.execute
-
-        def held(*arguments: Any) -> None:
-            deadline = current_deadline()
-            if deadline is None or arguments[-1] is None:
-                execute(*arguments)
-            else:
-                hold(deadline, execute, *arguments)
-
-        return held
 
     def _do_execute_no_params(self, cursor: Any, statement: Any, context: Any = None) -> None:
         if context is not None and context.execution_options.get("resilientdb_with_begin"):
@@ -101,11 +85,11 @@ class _Hooks:
             raise _aborted(record)
         deadline = current_deadline()
         if deadline is not None:
-            self._holding.hold_to(deadline, record, "COMMIT was sent; nothing is committed")
+            self.holding.hold_to(deadline, record, "COMMIT was sent; nothing is committed")
         answer = self._answer_to_commit(raw)
         try:
             if self._in_tasks and record is not None:
-                without_cancelling(self._commit, connection, lambda: self._holding.cut(record))
+                without_cancelling(self._commit, connection, lambda: self.holding.cut(record))
             else:
                 self._commit(connection)
         except BaseException as error:
@@ -121,7 +105,7 @@ class _Hooks:
             return  # the driver would send nothing either, but take its time to find that out
         deadline = current_deadline()
         if deadline is not None and (record := record_of(connection)) is not None:
-            self._holding.hold_rollback(deadline, record)
+            self.holding.hold_rollback(deadline, record)
         # SQLAlchemy's proxy looks for a method twice before it asks the driver's connection. But a dialect of which
         # nothing is known may count on the proxy, and a program may have put a method of its own there.
         if raw is not connection and self._is_known and "rollback" not in getattr(connection, "__dict__", ()):
@@ -174,7 +158,7 @@ class _Hooks:
     def _keep_or_evict(self, context: ExceptionContext, record: Any, fault: Fault, phase: Phase) -> None:
         """Have SQLAlchemy keep the connection where it would give up a good one, and the other way round."""
         error = context.original_exception
-        if phase is Phase.STATEMENT and self._holding.saved(
+        if phase is Phase.STATEMENT and self.holding.saved(
             error, record, context.statement, context.execution_context
         ):
             context.is_disconnect = False
@@ -200,7 +184,7 @@ class _Hooks:
         # A cut shows nothing about a node that is well: the deadline may have been too short. One call that was let
         # through to see whether the node answers has seen that it does not, and leaves it work that nobody waits for.
         if permit.probe if late else fault.is_node_failure:
-            node.breaker.record_failure(permit, error)
+            node.breaker.record_failure(permit, error, no_answer=cut)
         else:
             node.breaker.release(permit)
 
