@@ -47,7 +47,8 @@ class Holding:
             self.hold_rollback(deadline, record)
             execute(*arguments)
             return
-        watch = self.hold_to(deadline, record, "a statement was sent")
+        _refuse_after(deadline, "a statement was sent")
+        watch = None if record is None else self._appoint(record, deadline, deadline.expires_at)
         if watch is None:
             execute(*arguments)
             return
@@ -71,11 +72,15 @@ class Holding:
                 watch.cut()
                 raise DeadlineExceeded(f"the deadline of {deadline.seconds:g} s ended during a statement")
 
-    def hold_to(self, deadline: Deadline, record: Any, before: str) -> Watch | None:
-        """Have the watchdog end at the deadline what is about to be sent; refuse to send it after."""
-        if deadline.remaining() <= 0:
-            raise DeadlineExceeded(f"the deadline of {deadline.seconds:g} s ended before {before}")
-        return None if record is None else self._appoint(record, deadline, deadline.expires_at)
+    def hold_commit(self, deadline: Deadline, record: Any) -> None:
+        """Have the watchdog end a COMMIT that is about to be sent; refuse to send it after the deadline.
+
+        It is cut when a statement that was cancelled would be, since it cannot be cancelled, and most are answered
+        by then: each that is not is in doubt.
+        """
+        _refuse_after(deadline, "COMMIT was sent; nothing is committed")
+        if record is not None:
+            self._appoint(record, deadline, deadline.expires_at + GRACE)
 
     def hold_rollback(self, deadline: Deadline, record: Any) -> None:
         """Have the watchdog end a rollback at the deadline, or if that has passed already, soon."""
@@ -135,6 +140,11 @@ class Holding:
         finally:
             if not asking.done():
                 watch.cut()
+
+
+def _refuse_after(deadline: Deadline, what: str) -> None:
+    if deadline.remaining() <= 0:
+        raise DeadlineExceeded(f"the deadline of {deadline.seconds:g} s ended before {what}")
 
 
 _ROLLBACK_GRACE: Final = 0.1

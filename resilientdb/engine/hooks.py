@@ -85,7 +85,7 @@ class _Hooks:
             raise _aborted(record)
         deadline = current_deadline()
         if deadline is not None:
-            self.holding.hold_to(deadline, record, "COMMIT was sent; nothing is committed")
+            self.holding.hold_commit(deadline, record)
         answer = self._answer_to_commit(raw)
         try:
             if self._in_tasks and record is not None:
