@@ -17,6 +17,7 @@ from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.engine.drivers import Driver
 from resilientdb.engine.holding import Holding, was_cancelled
 from resilientdb.engine.retrying import happened_at, remember_beginning
+from resilientdb.engine.rollbacks import Rollbacks
 from resilientdb.errors import (
     CommitOutcomeUnknown,
     DeadlineExceeded,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
 
     from resilientdb.engine.cluster import Cluster
+    from resilientdb.engine.node import Node
     from resilientdb.runtime.watchdog import Watch
 
 __all__ = ["WITH_BEGIN", "install"]
@@ -56,8 +58,12 @@ class _Hooks:
         self._is_known = type(cluster.driver) is not Driver
         self._is_failed = cluster.driver.is_failed
         self._answer_to_commit = cluster.driver.answer_to_commit
+        rollbacks = Rollbacks(cluster.driver)
+        rollbacks.attach(dialect)
+        self._rollbacks = rollbacks if rollbacks.are_silent else None
         self._in_tasks = dialect.is_async and cluster.has_server
         self._commit = dialect.do_commit
+        self._commit_by_driver = cluster.driver.commit
         self._rollback = dialect.do_rollback
         self._execute_no_params = dialect.do_execute_no_params
         dialect.do_execute_no_params = self._do_execute_no_params  # type: ignore[method-assign]
@@ -86,12 +92,18 @@ class _Hooks:
         deadline = current_deadline()
         if deadline is not None:
             self.holding.hold_commit(deadline, record)
+        if self._rollbacks is not None and not only_reads:
+            aborted = self._rollbacks.before_commit(record)
+            if aborted is not None:
+                self._do_rollback(connection)
+                raise aborted
+            self._rollbacks.forget(record)
         answer = self._answer_to_commit(raw)
         try:
             if self._in_tasks and record is not None:
                 without_cancelling(self._commit, connection, lambda: self.holding.cut(record))
             else:
-                self._commit(connection)
+                self._commit_by_driver(raw, self._commit, connection)
         except BaseException as error:
             if not _cannot_have_written(record):
                 _mark_as_commit(error)
@@ -103,6 +115,8 @@ class _Hooks:
         raw = getattr(connection, "dbapi_connection", connection)
         if is_read_only() and self._is_idle(raw):
             return  # the driver would send nothing either, but take its time to find that out
+        if self._rollbacks is not None:
+            self._rollbacks.forget(record_of(connection))
         deadline = current_deadline()
         if deadline is not None and (record := record_of(connection)) is not None:
             self.holding.hold_rollback(deadline, record)
@@ -135,8 +149,12 @@ class _Hooks:
         fault = classify(error, phase)
         if phase is Phase.STATEMENT:
             record.failed_with = (describe(error), fault.retry_transaction)  # see _aborted
+            if self._rollbacks is not None:
+                self._rollbacks.note(record, error)
         self._keep_or_evict(context, record, fault, phase)
         in_doubt = phase is Phase.COMMIT and (fault is Fault.IN_DOUBT or cut)
+        if in_doubt:
+            self._cluster.commit_in_doubt(self._node_of(record).name, error)
         if not isinstance(error, Exception):
             # A cancellation stays one, or a task that was told to end would carry on.
             if in_doubt:
@@ -170,8 +188,7 @@ class _Hooks:
 
     def _settle(self, record: Any, error: BaseException, phase: Phase, *, cut: bool, late: bool) -> None:
         """Tell the breaker of the node what the failure shows, now rather than at the checkin."""
-        # SQLAlchemy's StaticPool makes plain records of its own.
-        node = getattr(record, "node", self._cluster.nodes[0])
+        node = self._node_of(record)
         happened_at(error, node.name)
         remember_beginning(error, getattr(record, "since", 0.0))
         fault = evidence(error, phase)
@@ -187,6 +204,11 @@ class _Hooks:
             node.breaker.record_failure(permit, error, no_answer=cut)
         else:
             node.breaker.release(permit)
+
+    def _node_of(self, record: Any) -> Node:
+        # SQLAlchemy's StaticPool makes plain records of its own.
+        node: Node = getattr(record, "node", self._cluster.nodes[0])
+        return node
 
     def _has_declared_read_only(self, context: ExceptionContext, record: Any) -> bool:
         """Whether a write was refused because the application itself asked for a READ ONLY transaction."""
