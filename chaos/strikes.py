@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +21,8 @@ __all__ = ["Strikes"]
 
 _FIRST: Final = 5
 _PAUSE: Final = (0.05, 0.25)
-_REBUILDS: Final = 5
+_REBUILT: Final = 60.0
+"""Seconds in which a standby has to be there again."""
 
 
 class Strikes:
@@ -62,6 +64,11 @@ class Strikes:
             "promotion": (2, self._fail_over),
         }
 
+    @property
+    def missing(self) -> list[str]:
+        """The kinds that there were none of."""
+        return [name for name in self._kinds if not self.counts[name]]
+
     def __enter__(self) -> Strikes:
         self._thread.start()
         return self
@@ -88,7 +95,7 @@ class Strikes:
         names, weights = [*self._kinds], [weight for weight, _ in self._kinds.values()]
         due = [*self._rng.sample(names, len(names)), *["reply lost"] * _FIRST]
         while not self._stop.wait(self._rng.uniform(*_PAUSE)):
-            if len(self.counts) == len(names):
+            if not self.missing:
                 self.complete.set()
             name = due.pop() if due else self._rng.choices(names, weights)[0]
             if name in {"promotion", "standby restarted"} and self._is_rebuilding():
@@ -130,12 +137,15 @@ class Strikes:
         return self._rebuilding is not None and self._rebuilding.is_alive()
 
     def _rebuild(self) -> None:
-        for left in reversed(range(_REBUILDS)):
+        until = time.monotonic() + _REBUILT
+        while True:
             try:
                 self._pair.rebuild()
-            except Exception as error:  # noqa: BLE001 - its primary may have been crashed meanwhile
-                if not left:
+            except Exception as error:  # noqa: BLE001 - its primary may just be down
+                if time.monotonic() > until:
                     self._failure = error
                     self._stop.set()
+                    return
+                time.sleep(0.1)
             else:
                 return

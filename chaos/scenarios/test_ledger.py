@@ -106,6 +106,7 @@ def test_ledger(
         if not run.guarded:
             assert report.duplicated, "this can fail: to try again writes twice"
             return
+        assert not strikes.missing
         own_answers(calls)
         report.raise_for_violations()
         assert calls.ok, "nothing was written"
