@@ -52,7 +52,8 @@ def test_silence(
             time.sleep(profile.recovery if run.guarded else 0.2)
         calls = load.calls
         during = calls.due(fault.started_at, ended_at)
-        stuck = calls.under_way(ended_at)
+        # Who has only just come is on its way in or out.
+        stuck = calls.due(fault.started_at, ended_at - EPSILON).under_way(ended_at)
         opened_at = stack.moved_to("open", fault.started_at)
         shown = opened_at - fault.started_at if opened_at is not None else None
         run.record(

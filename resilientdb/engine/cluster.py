@@ -61,6 +61,8 @@ class Cluster:
         self._retries = 0
         self._popped: dict[str, PoolStats] = {}
         """What was told when the counts were popped last."""
+        self.is_curious = False
+        """Whether a circuit may be waiting for the first answer of a call that it has let through."""
         self.patient = False
         """Whether callers wait as long as they said (an explicit ``pool_timeout``), overload or not."""
         self.draining_since: float | None = None

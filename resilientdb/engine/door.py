@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from resilientdb.engine.compat import ConnectionRecord, await_only, record_of
 from resilientdb.engine.stacks import in_words
 from resilientdb.policy.faults import Phase, classify
 from resilientdb.runtime.clock import monotonic
-from resilientdb.runtime.context import current_record
+from resilientdb.runtime.context import current_deadline, current_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
     from resilientdb.stats import Holder, PoolStats
 
 __all__ = ["Door", "Record"]
+
+_PATIENCE = 0.5
+"""Seconds for which a caller waits until the slow start lets it through."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.004, 0.05
+"""Seconds, at most, until it asks again."""
 
 
 class Record(ConnectionRecord):
@@ -147,6 +153,8 @@ class Door(Pool):
         self._out: dict[int, Any] = {}
         """The records in somebody's hands, by ``id``; each access is one operation. A pool with slots keeps a list
         of its own."""
+        self._asking: set[object] = set()
+        """Who waits for leave to call."""
         self.node.pool = self
         if self.node.connector is not None:
             self._invoke_creator = self.node.connector  # type: ignore[assignment]
@@ -193,11 +201,47 @@ class Door(Pool):
 
     def _ask(self) -> Permit:
         """A permit from a circuit that is not closed: a probe's, or a refusal."""
+        self.cluster.is_curious = True
         self.cluster.wake()
         permit = self._breaker.try_acquire()
+        if permit is None and self._breaker.starts_slowly:
+            permit = self._ask_again()
         if permit is None:
             raise self._breaker.refusal()
         return permit
+
+    def _ask_again(self) -> Permit | None:
+        """The slow start lets nobody else through for the moment. If the node is well it is over in a few round
+        trips, and who waits for that need not be sent away; None: it took too long."""
+        most = self.cluster.resilience.queue.max_waiting
+        if most is not None and len(self._asking) >= most:
+            return None
+        began = monotonic()
+        until = began + min(_PATIENCE, self._most_seconds_to_wait())
+        pause, me = _FIRST_PAUSE, object()
+        self._asking.add(me)
+        try:
+            while self._breaker.starts_slowly:
+                left = until - monotonic()
+                if left <= 0:
+                    return None
+                self._pause(min(left, pause * (1 + random.random()) / 2))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                permit = self._breaker.try_acquire()
+                if permit is not None:
+                    return permit
+        finally:
+            self._asking.discard(me)
+            notes = current_record()
+            if notes is not None:
+                notes.waits += 1
+                notes.wait_time += monotonic() - began
+        return self._breaker.try_acquire()
+
+    def _most_seconds_to_wait(self) -> float:
+        """How long the caller would wait for a connection."""
+        deadline = current_deadline()
+        return math.inf if deadline is None else deadline.remaining()
 
     def _settle(self, permit: Permit, error: BaseException) -> None:
         """The acquisition failed: tell the breaker what that shows."""

@@ -1,7 +1,7 @@
 """What the library does around each statement: hold it to the deadline, and learn from how it ends.
 
-Three places see everything that is sent on a connection: SQLAlchemy's ``do_execute`` events (statements), the
-dialect's ``do_commit`` and ``do_rollback`` (the rest), and ``handle_error`` (every failure but a failed connect).
+Three places see everything that is sent on a connection: the dialect's ``do_execute`` and its like (``statements``),
+its ``do_commit`` and ``do_rollback``, and SQLAlchemy's event ``handle_error`` (every failure but a failed connect).
 All three hang on the dialect, so that connections keep SQLAlchemy's fast path for engines without events.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
-from resilientdb.engine import reading, slow_calls
+from resilientdb.engine import reading, statements
 from resilientdb.engine.commit import without_cancelling
 from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.engine.drivers import Driver
@@ -45,18 +45,15 @@ just now, and saves that connection."""
 
 def install(engine: Engine, cluster: Cluster) -> None:
     """Attach the library to a finished engine, once."""
-    _Hooks(engine, cluster)
+    hooks = _Hooks(engine, cluster)
     reading.attach(engine, cluster.driver)
-    slow_calls.attach(engine, cluster)
+    statements.attach(engine, cluster, hooks.before_statement)
 
 
 class _Hooks:
     def __init__(self, engine: Engine, cluster: Cluster) -> None:
         self._cluster = cluster
         dialect = engine.dialect
-        for name in ("do_execute", "do_executemany"):
-            event.listen(engine, name, self._before_statement)
-        event.listen(engine, "do_execute_no_params", self._before_bare_statement)
         event.listen(engine, "handle_error", self._on_error)
         self._is_idle = cluster.driver.is_idle
         self._is_known = type(cluster.driver) is not Driver
@@ -72,13 +69,9 @@ class _Hooks:
 
     # -- before ----------------------------------------------------------------------------------------------
 
-    def _before_statement(self, _cursor: Any, _statement: Any, _parameters: Any, context: Any) -> None:
-        deadline = current_deadline()
-        if deadline is not None:
-            self._hold_to(deadline, record_of_connection(context.root_connection), "a statement was sent")
-
-    def _before_bare_statement(self, _cursor: Any, _statement: Any, context: Any) -> None:
-        self._before_statement(_cursor, _statement, None, context)
+    def before_statement(self, deadline: Deadline, record: Any) -> None:
+        """A statement is about to be sent with a deadline in force."""
+        self._hold_to(deadline, record, "a statement was sent")
 
     def _do_execute_no_params(self, cursor: Any, statement: Any, context: Any = None) -> None:
         if context is not None and context.execution_options.get("resilientdb_with_begin"):
@@ -222,7 +215,7 @@ class _Hooks:
         # A cut shows nothing about a node that is well: the deadline may have been too short. One call that was let
         # through to see whether the node answers has seen that it does not, and leaves it work that nobody waits for.
         if permit.probe if cut else fault.is_node_failure:
-            node.breaker.record_failure(permit, error)
+            node.breaker.record_failure(permit, error, no_answer=cut)
         else:
             node.breaker.release(permit)
 

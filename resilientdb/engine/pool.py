@@ -307,6 +307,11 @@ class QueueDoor(Door, QueuePool):
         self._upkeep.used()
         return record
 
+    def _most_seconds_to_wait(self) -> float:
+        timeout: float | None = self._timeout
+        most = super()._most_seconds_to_wait()
+        return most if timeout is None else min(most, timeout)
+
     def _wait_in_line(self, me: Any, deadline: Deadline | None) -> Any:
         """Wait for a slot; returns it with its record. Raises when there is none for this caller."""
         waiter = self._make_waiter()

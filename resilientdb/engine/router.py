@@ -57,6 +57,8 @@ class Router(Door):
     def _read(self) -> PoolProxiedConnection:
         *others, last = self.cluster.for_read()
         for node in others:
+            if not node.breaker.has_room:
+                continue
             try:
                 return self._doors[node.name].checkout_once()  # type: ignore[no-any-return]
             except (CircuitOpen, PoolSaturated):

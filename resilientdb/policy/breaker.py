@@ -8,7 +8,7 @@ through). The rules:
   background prober finds the node dead.
 * open → half-open when the open time has passed since the last sign of failure, or when the prober gets an
   answer from a node that it had itself seen working all along (then real calls fail for a reason a probe does
-  not see, and real calls must show that it is over); where calls have tried just now, and shown that it is not,
+  not see, and real calls must show that it is over); where a call has tried just now and got no answer in time,
   a quarter of the open time has to pass first.
 * open → closed when the prober gets an answer from a node that it had seen dead.
 * half-open → closed on one probe's success, → open on one probe's failure, or on a slow answer where slow calls
@@ -19,20 +19,23 @@ having been closed for a whole window in between, and never more than ``max_rese
 between a half and all is waited, so that processes which opened together do not try together. It holds callers
 back, not the prober.
 
-A circuit that closes because the node answered begins with a **slow start**: ``half_open_max_calls`` at once, one
-more for each success, until ``slow_start_calls`` have succeeded. So the load doubles with each response time: a
-fast node has all of it back at once, a slow one is asked as much as it answers, and an idle circuit waits for its
-first callers. A failure meanwhile halves what is let through, and puts off the end; and the circuit opens again as
-soon as the failures of the slow start reach ``failure_rate_threshold``, be they ever so few: so the first call's
-does. (If any failure opened it, a node that fails one call in ten, which is no reason to open, would hardly ever
-get through.)
+A circuit that closes because the node answered begins with a **slow start**: ``half_open_max_calls`` at once (a
+call without an answer for a second does not count), one more for each success, until ``slow_start_calls`` have
+succeeded. So the load doubles with each response time: a fast node has all of it back at once, a slow one is
+asked as much as it answers, and an idle circuit waits for its first callers. A call that fails meanwhile
+without an answer halves what is let through, and puts off the end; and the circuit opens again as soon as such
+failures reach ``failure_rate_threshold``, be they ever so few: so the first call's does. (If any failure opened
+it, a node that fails one call in ten, which is no reason to open, would hardly ever get through.) One that
+fails after its first answer counts as at any other time.
 
-A **permit** says in which state a call was let through. An outcome is counted only while that state lasts, so
-a late result from before the trip neither closes nor opens anything (``failsafe-go`` counts such results as
-probes). An outcome is *success* (the node answered, even with an error of the application's own), *slow success*,
-*failure*, or *inconclusive* (the caller was cancelled, waited locally, or never asked). A permit for one call (a
-probe, or a call of the slow start) that has no outcome after ``reset_timeout`` gives its place to another, and
-what is reported under it later counts for nothing.
+A **permit** says in which state a call was let through. An outcome is counted only while that state lasts, so a
+late result from before the trip neither closes nor opens anything (``failsafe-go`` counts such results as
+probes). The permit of a probe, or of a call of the slow start, is for the node's *first answer*: who has it
+goes on under the permit of the closed period (``following``), and does not keep others out while it holds its
+connection. An outcome is *success* (the node answered, even with an error of the application's own), *slow
+success*, *failure*, or *inconclusive* (the caller was cancelled, waited locally, or never asked). A permit for
+one call (a probe, or a call of the slow start) that has no outcome after ``reset_timeout`` gives its place to
+another, and what is reported under it later counts for nothing.
 """
 
 from __future__ import annotations
@@ -62,6 +65,11 @@ _PATIENCE: Final = 0.25
 _SETBACK: Final = 3
 """Answers by which a failure puts off the end of the slow start: it ends for a node that fails less than a call in
 four, and not for one that breaks under more than it is let have."""
+
+_OVERDUE: Final = 1.0
+"""Seconds after which a call of the slow start that has had no answer makes room for another. It may be a long
+report, or wait for a lock, which says nothing of the node; and one more a second hardly adds to the work of a node
+that is too slow."""
 
 _SOON: Final = 0.05
 """Least seconds after which somebody whom the slow start sends away is told to come back: a few responses."""
@@ -104,7 +112,9 @@ class BreakerCore:
         "_by_hand",
         "_closed_at",
         "_longest",
+        "_no_answer",
         "_opened_at",
+        "_period",
         "_policy",
         "_probed",
         "_probes",
@@ -112,7 +122,6 @@ class BreakerCore:
         "_seen_dead",
         "_starting",
         "_starting_since",
-        "_tried",
         "_wait",
         "_window",
         "closed_permit",
@@ -145,11 +154,13 @@ class BreakerCore:
         self._starting_since: float | None = None
         """When its first call was let through."""
         self._seen_dead = False
-        self._tried = False
-        """Whether it opened because a call failed that was let through to see whether the node is well again."""
+        self._no_answer = False
+        """Whether it opened because a call got no answer in time that was let through to see whether there is one."""
         self.state: str = CLOSED
-        self.closed_permit: Permit | None = Permit(probe=False, issued_at=now)
-        """The permit of the present closed period; None in any other state, and during the slow start."""
+        self._period: Permit | None = Permit(probe=False, issued_at=now)
+        """The permit of the present closed period; None in any other state."""
+        self.closed_permit: Permit | None = self._period
+        """The same, for everybody to take without asking: None also during the slow start."""
         self.failing_since = now
         """When the node last showed that it fails, while open."""
 
@@ -165,7 +176,7 @@ class BreakerCore:
                 return None, None
             moved = self._move(HALF_OPEN, now, "the open time has passed")
         self._forget_lost_probes(now)
-        if len(self._probes) >= self._allowance:
+        if self._awaited(now) >= self._allowance:
             return None, moved
         permit = Permit(probe=True, issued_at=now)
         self._probes[permit] = None
@@ -175,7 +186,12 @@ class BreakerCore:
 
     def is_current(self, permit: Permit) -> bool:
         """Whether an outcome under ``permit`` still counts."""
-        return permit is self.closed_permit or permit in self._probes
+        return permit is self._period or permit in self._probes
+
+    @property
+    def following(self) -> Permit | None:
+        """Under which permit a call goes on that has had an answer; None: what becomes of it counts for nothing."""
+        return self._period
 
     def record_success(self, permit: Permit, now: float) -> Transition | None:
         """The node answered the call made under ``permit``."""
@@ -193,37 +209,40 @@ class BreakerCore:
 
     def record_slow(self, permit: Permit, now: float) -> Transition | None:
         """The node answered, but took longer than ``slow_call_duration``."""
-        if permit is not self.closed_permit:
+        if permit is not self._period:
             if permit not in self._probes:
                 return None
             if self.state == HALF_OPEN:
-                return self._move(OPEN, now, "a probe was answered too slowly")
+                return self._move(OPEN, now, "a probe was answered too slowly", no_answer=True)
             # The slow start goes on, but asks no more at once of a node that is slow already.
             del self._probes[permit]
+            if self.closed_permit is None:
+                self._come_nearer(now)
         self._window.slow_success(now)
-        if self.closed_permit is None:
-            self._come_nearer(now)
         good, bad = self._window.totals(now)
         slow = self._window.slow(now)
         if self._is_too_much(slow, good + bad, self._policy.slow_call_rate_threshold):
             return self._move(OPEN, now, f"{slow} of {good + bad} calls were slow")
         return None
 
-    def record_failure(self, permit: Permit, now: float, cause: str) -> Transition | None:
-        """The node failed the call made under ``permit``."""
-        if permit is not self.closed_permit:
+    def record_failure(
+        self, permit: Permit, now: float, cause: str, *, no_answer: bool = False
+    ) -> Transition | None:
+        """The node failed the call made under ``permit``. ``no_answer``: not by an error, but by being too slow or
+        too full."""
+        is_first_answer = permit is not self._period
+        if is_first_answer:
             if permit not in self._probes:
                 return None
             if self.state == HALF_OPEN:
-                return self._move(OPEN, now, f"a probe failed: {cause}")
+                return self._move(OPEN, now, f"a probe failed: {cause}", no_answer=no_answer)
             del self._probes[permit]
         self._window.failure(now)
         good, bad = self._window.totals(now)
-        if self.closed_permit is None:
+        if is_first_answer and self.closed_permit is None:
             if bad >= self._policy.failure_rate_threshold * (good + bad):
-                return self._move(
-                    OPEN, now, f"{bad} of {good + bad} calls of the slow start failed, last: {cause}"
-                )
+                cause = f"{bad} of {good + bad} calls of the slow start failed, last: {cause}"
+                return self._move(OPEN, now, cause, no_answer=no_answer)
             self._allowance = max(self._policy.half_open_max_calls, self._allowance // 2)
             self._starting = min(self._starting + _SETBACK, self._policy.slow_start_calls)
         elif self._is_too_much(bad, good + bad, self._policy.failure_rate_threshold):
@@ -257,7 +276,7 @@ class BreakerCore:
         if self.state == OPEN:
             # A node that is weak yet answers a probe at any time. If each answer let the next call through, all
             # processes would try again at once, and it would never get well.
-            if self._tried and now < self.failing_since + self._wait * _PATIENCE:
+            if self._no_answer and now < self.failing_since + self._wait * _PATIENCE:
                 return None
             return self._move(HALF_OPEN, now, "the prober gets answers; calls must show that they do too")
         return None
@@ -302,6 +321,14 @@ class BreakerCore:
             return None
         return self._allowance, self._starting
 
+    def has_room(self, now: float) -> bool:
+        """Whether a call would be let through."""
+        if self.closed_permit is not None:
+            return True
+        if self.state == OPEN:
+            return now >= self.failing_since + self._wait
+        return self._awaited(now) < self._allowance
+
     def retry_after(self, now: float) -> float | None:
         """Seconds after which another call makes sense; None when closed.
 
@@ -331,15 +358,22 @@ class BreakerCore:
     # -- inside --------------------------------------------------------------------------------------------
 
     def _move(
-        self, state: str, now: float, cause: str, *, slow_start: bool = False, by_hand: bool = False
+        self,
+        state: str,
+        now: float,
+        cause: str,
+        *,
+        slow_start: bool = False,
+        by_hand: bool = False,
+        no_answer: bool = False,
     ) -> Transition:
         transition = Transition(self.state, state, cause)
-        self._tried = self.closed_permit is None and self.state != OPEN
+        self._no_answer = no_answer
         self.state = state
         self._probes.clear()
         self._allowance = self._policy.half_open_max_calls
         self._starting_since = None
-        self.closed_permit = None
+        self._period = self.closed_permit = None
         self._by_hand = by_hand and state == OPEN
         if state == OPEN:
             self.failing_since = now
@@ -356,6 +390,7 @@ class BreakerCore:
             self._window.clear()
             self._closed_at = self._absorbed_at = now
             self._seen_dead = False
+            self._period = Permit(probe=False, issued_at=now)
             self._starting = self._policy.slow_start_calls if slow_start else 0
             if not self._starting:
                 self._end_slow_start(now)
@@ -371,10 +406,16 @@ class BreakerCore:
         """All may call. Those of the slow start who have not reported yet still count, as all others do."""
         self._starting = 0
         self._absorbed_at = now
-        self.closed_permit = Permit(probe=False, issued_at=now)
+        self.closed_permit = self._period
 
     def _is_too_much(self, number: int, calls: int, share: float) -> bool:
         return calls >= self._policy.minimum_calls and number >= share * calls
+
+    def _awaited(self, now: float) -> int:
+        """How many calls stand in the way of another."""
+        if self.state != CLOSED:
+            return len(self._probes)
+        return sum(now < permit.issued_at + _OVERDUE for permit in self._probes)
 
     def _forget_lost_probes(self, now: float) -> None:
         """A probe whose caller neither finishes nor gives up must not hold the circuit for ever."""

@@ -100,6 +100,11 @@ class Circuit:
         """Whether an outcome under ``permit`` still counts."""
         return permit is self._free if self._mode != "normal" else self._core.is_current(permit)
 
+    @property
+    def following(self) -> Permit | None:
+        """As ``BreakerCore.following``; whoever needs no leave goes on as it came."""
+        return self._core.following if self._mode == "normal" else self.permit
+
     def record_success(self, permit: Permit, now: float) -> Moves:
         """The node answered the call made under ``permit``."""
         return self._record(permit, now, self._core.record_success)
@@ -109,11 +114,12 @@ class Circuit:
         outcome = self._core.record_success if self._mode == "disabled" else self._core.record_slow
         return self._record(permit, now, outcome)
 
-    def record_failure(self, permit: Permit, now: float, cause: str) -> Moves:
-        """The node failed the call made under ``permit``."""
+    def record_failure(self, permit: Permit, now: float, cause: str, *, no_answer: bool = False) -> Moves:
+        """As ``BreakerCore.record_failure``."""
         if self._mode == "disabled":
             return ()
-        return self._record(permit, now, lambda permit, now: self._core.record_failure(permit, now, cause))
+        failure = functools.partial(self._core.record_failure, cause=cause, no_answer=no_answer)
+        return self._record(permit, now, failure)
 
     def release(self, permit: Permit) -> None:
         """The call made under ``permit`` showed nothing about the node."""
@@ -153,6 +159,10 @@ class Circuit:
     def slow_start(self) -> tuple[int, int] | None:
         """As ``BreakerCore.slow_start``; None in any other mode than normal."""
         return self._core.slow_start if self._mode == "normal" else None
+
+    def has_room(self, now: float) -> bool:
+        """Whether a call would be let through."""
+        return self._core.has_room(now) if self._mode == "normal" else self._mode != "forced_open"
 
     def retry_after(self, now: float) -> float | None:
         """Seconds after which another call makes sense; None when closed. Of one that is held open nobody knows."""

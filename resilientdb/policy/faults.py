@@ -57,6 +57,7 @@ __all__ = [
     "describe",
     "evidence",
     "from_driver",
+    "is_overload",
     "links_of",
     "sqlstate_of",
 ]
@@ -151,6 +152,11 @@ def evidence(error: BaseException, phase: Phase = Phase.STATEMENT) -> Fault:
     node; one whose caller was cancelled is ``IN_DOUBT`` and ``CANCELLED``.
     """
     return classify(error, Phase.STATEMENT if phase is Phase.COMMIT else phase)
+
+
+def is_overload(error: BaseException) -> bool:
+    """Whether ``error``, by which a node failed, says that it has too much to do: it is full, or it was too slow."""
+    return classify(error) is Fault.OVERLOAD or any(isinstance(link, TimeoutError) for link in _links(error))
 
 
 def from_driver(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ import pybreaker
 from resilientdb.errors import CircuitOpen, ConfigurationError
 from resilientdb.policy.breaker import CLOSED, HALF_OPEN, OPEN, Permit, Transition
 from resilientdb.policy.breaker_modes import MODES, Circuit, Mode
-from resilientdb.policy.faults import classify, describe
+from resilientdb.policy.faults import classify, describe, is_overload
 from resilientdb.runtime.clock import Clock, monotonic
 from resilientdb.runtime.emitter import Emitter
 from resilientdb.runtime.storage import StorageWriter
@@ -139,6 +139,18 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             self._moved(self._circuit.record_success(permit, now))
         self._emitter.deliver()
 
+    def record_answer(self, permit: Permit) -> Permit | None:
+        """The node has given the first answer of a call under a probe's permit. Returns the permit under which the
+        rest of the call is made, of which a success is nothing new; None: nothing of it counts any more."""
+        with self._guard:
+            now = self._clock()
+            counts = self._circuit.is_current(permit)
+            self._note_answer(permit)
+            self._moved(self._circuit.record_success(permit, now))
+            following = self._circuit.following if counts else None
+        self._emitter.deliver()
+        return following
+
     def record_slow(self, permit: Permit) -> None:
         """The node answered, after more than ``slow_after`` seconds. In place of ``record_success``: a permit has one
         outcome."""
@@ -151,13 +163,14 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
             self._moved(self._circuit.record_slow(permit, now))
         self._emitter.deliver()
 
-    def record_failure(self, permit: Permit, error: BaseException) -> None:
-        """The node failed the call."""
+    def record_failure(self, permit: Permit, error: BaseException, *, no_answer: bool = False) -> None:
+        """The node failed the call. ``no_answer``: there was none in time, whatever ``error`` says."""
+        no_answer = no_answer or is_overload(error)
         self._remember(error)
         cause = describe(error)
         with self._guard:
             now = self._absorb()
-            self._moved(self._circuit.record_failure(permit, now, cause))
+            self._moved(self._circuit.record_failure(permit, now, cause, no_answer=no_answer))
         for listener in self.listeners:
             self._emitter.post(functools.partial(listener.failure, self, error))
         self._emitter.deliver()
@@ -230,6 +243,19 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         """Seconds until a call may be let through; None when closed."""
         with self._guard:
             return self._circuit.retry_after(self._clock())
+
+    @property
+    def starts_slowly(self) -> bool:
+        """Whether it has closed, and lets few calls through at once for a moment."""
+        return self._circuit.slow_start is not None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a call would be let through now."""
+        if self.permit is not None:
+            return True
+        with self._guard:
+            return self._circuit.has_room(self._clock())
 
     @property
     def rate(self) -> float:
@@ -355,7 +381,8 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
 
     def _note_answer(self, permit: Permit) -> None:
         """An answer that the circuit counts itself: whoever watches ``answered`` is to know of it, too."""
-        if self._circuit.state == CLOSED and self._circuit.is_current(permit):
+        counts = permit is self.permit or (permit.probe and self._circuit.is_current(permit))
+        if counts and self._circuit.state == CLOSED:
             self.answered += 1
             self._absorbed += 1
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy.exc import DBAPIError
 
 import resilientdb as rdb
 from resilientdb.errors import CircuitOpen
@@ -169,3 +171,48 @@ def test_a_real_database_has_its_traffic_back_soon(
             thread.join(20)
         engine.dispose()
     assert took < 3.0
+
+
+@pytest.mark.parametrize("statement", ["SELECT 1", "SELECT 1 WHERE 1 = %(one)s"])
+def test_who_holds_a_connection_that_works_keeps_nobody_out(
+    resilientdb_postgres: Postgres, statement: str
+) -> None:
+    """The first answer counts, not the end of the checkout."""
+    engine = rdb.create_engine(
+        resilientdb_postgres.url("psycopg"), pool_size=8, resilience=policy(slow_start_calls=32)
+    )
+    parameters = {"one": 1} if "%" in statement else None
+    try:
+        engine.connect().close()
+        breaker = rdb.control(engine).breaker()
+        breaker.open()
+        breaker.half_open()
+        with contextlib.ExitStack() as held:
+            for _ in range(8):
+                connection = held.enter_context(engine.connect())
+                connection.exec_driver_sql(statement, parameters)
+        assert breaker.current_state == "closed"
+    finally:
+        engine.dispose()
+
+
+def test_a_connection_that_has_answered_can_still_show_that_the_node_fails(
+    resilientdb_postgres: Postgres,
+) -> None:
+    engine = rdb.create_engine(
+        resilientdb_postgres.url("psycopg"), resilience=policy(slow_start_calls=32, probe_interval=None)
+    )
+    try:
+        engine.connect().close()
+        breaker = rdb.control(engine).breaker()
+        breaker.open()
+        breaker.half_open()
+        with engine.connect() as connection:
+            pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+            assert breaker.current_state == "closed"
+            resilientdb_postgres.query(f"SELECT pg_terminate_backend({pid}, 5000)")
+            with pytest.raises(DBAPIError):
+                connection.exec_driver_sql("SELECT 1")
+            assert breaker.current_state == "open"
+    finally:
+        engine.dispose()

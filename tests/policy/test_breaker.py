@@ -36,6 +36,8 @@ class Circuit(RuleBasedStateMachine):
         self.last_failure = 0.0
         self.seen_dead = False
         self.by_hand = False
+        self.no_answer = False
+        """It opened because a call got no answer that was let through to see whether there is one."""
         self.opened_at = self.closed_at = self.now
         self.longest = self.wait_for = RESET
         self.missing = 0
@@ -79,7 +81,9 @@ class Circuit(RuleBasedStateMachine):
         )
         self.core = BreakerCore(self.policy, self.now, rng=self.draw, probed=probed)
 
-    def expect(self, moved: Transition | None, new: str | None, *, by_hand: bool = False) -> None:
+    def expect(
+        self, moved: Transition | None, new: str | None, *, by_hand: bool = False, no_answer: bool = False
+    ) -> None:
         """The circuit moved to ``new`` (None: not at all), and said so."""
         if new is None:
             assert moved is None
@@ -88,6 +92,7 @@ class Circuit(RuleBasedStateMachine):
         assert (moved.old, moved.new) == (self.state, new)
         assert moved.cause
         assert not moved.would_be
+        self.no_answer = no_answer
         old, self.state = self.state, new
         self.period += 1
         self.awaited.clear()
@@ -137,7 +142,10 @@ class Circuit(RuleBasedStateMachine):
             self.expect(moved, HALF_OPEN if waited_enough else None)
             for lost in [one for one, since in self.awaited.items() if self.now >= since + RESET]:
                 del self.awaited[lost]
-            if self.state == OPEN or len(self.awaited) >= self.at_once:
+            in_the_way = [
+                since for since in self.awaited.values() if self.state != CLOSED or self.now < since + 1
+            ]
+            if self.state == OPEN or len(in_the_way) >= self.at_once:
                 assert permit is None
                 return
             assert permit is not None
@@ -146,18 +154,29 @@ class Circuit(RuleBasedStateMachine):
             self.awaited[permit] = self.now
         self.permits.append((permit, self.period))
 
+    @rule()
+    def go_on(self) -> None:
+        """A call that has had an answer goes on under the permit of all others, before they may take it."""
+        permit = self.core.following
+        assert (permit is not None) == (self.state == CLOSED)
+        if permit is not None:
+            assert not permit.probe
+            self.permits.append((permit, self.period))
+
     def answered(self, permit: Permit, period: int, *, slow: bool) -> str | None:
         """The state that an answer leads to."""
         if permit in self.awaited:
             if self.state == HALF_OPEN:
                 return OPEN if slow else CLOSED
             del self.awaited[permit]
+            if self.missing:
+                self.missing -= 1
+                self.at_once += not slow
         elif period != self.period or permit.probe:
             return None
+        elif self.missing and not slow:
+            return None  # what it has been told of already, by the first answer
         self.outcomes.append((self.now, "slow" if slow else "good"))
-        if self.missing:
-            self.missing -= 1
-            self.at_once += not slow
         if slow and self.too_much(self.counted()[2], self.policy.slow_call_rate_threshold):
             return OPEN
         return None
@@ -175,23 +194,24 @@ class Circuit(RuleBasedStateMachine):
     def succeed_slowly(self, data: st.DataObject, repeat: int) -> None:
         permit, period = data.draw(st.sampled_from(self.permits))
         for _ in range(repeat):
+            was_probe = self.state == HALF_OPEN and permit in self.awaited
             moved = self.core.record_slow(permit, self.now)
-            self.expect(moved, self.answered(permit, period, slow=True))
+            self.expect(moved, self.answered(permit, period, slow=True), no_answer=was_probe)
 
     @precondition(lambda self: self.permits)
-    @rule(data=st.data(), repeat=st.integers(1, 3))
-    def fail(self, data: st.DataObject, repeat: int) -> None:
+    @rule(data=st.data(), repeat=st.integers(1, 3), no_answer=st.booleans())
+    def fail(self, data: st.DataObject, repeat: int, *, no_answer: bool) -> None:
         permit, period = data.draw(st.sampled_from(self.permits))
         for _ in range(repeat):
-            moved = self.core.record_failure(permit, self.now, "why")
+            moved = self.core.record_failure(permit, self.now, "why", no_answer=no_answer)
             if permit in self.awaited and self.state == HALF_OPEN:
-                self.expect(moved, OPEN)
+                self.expect(moved, OPEN, no_answer=no_answer)
             elif permit in self.awaited and self.missing:
                 del self.awaited[permit]
                 self.outcomes.append((self.now, "bad"))
                 good, bad, _ = self.counted()
                 if bad / (good + bad) >= self.policy.failure_rate_threshold:
-                    self.expect(moved, OPEN)
+                    self.expect(moved, OPEN, no_answer=no_answer)
                 else:
                     self.expect(moved, None)
                     self.at_once = max(self.policy.half_open_max_calls, self.at_once // 2)
@@ -219,7 +239,8 @@ class Circuit(RuleBasedStateMachine):
         elif self.seen_dead:
             self.expect(moved, CLOSED)
         else:
-            self.expect(moved, HALF_OPEN if self.state == OPEN else None)
+            too_soon = self.no_answer and self.now < self.last_failure + self.wait_for / 4
+            self.expect(moved, HALF_OPEN if self.state == OPEN and not too_soon else None)
 
     @rule()
     def prober_fails(self) -> None:
@@ -378,10 +399,34 @@ def test_a_lost_call_of_the_slow_start_gives_its_place_to_another_as_well() -> N
     core.prober_failed(0.0, "x")
     core.prober_succeeded(1.0)
     lost = acquire(core, 1.0)
-    assert core.try_acquire(1.0 + RESET - 0.1)[0] is None
+    assert core.try_acquire(1.9)[0] is None
+    overdue = acquire(core, 2.0)
+    assert core.try_acquire(2.9)[0] is None
+    core.record_success(overdue, 2.9)
+    assert core.slow_start == (2, 3), "an answer counts when it comes, be it late"
     acquire(core, 1.0 + RESET)
-    assert core.record_failure(lost, 1.0 + RESET, "x") is None
-    assert core.slow_start == (1, 4)
+    assert core.record_failure(lost, 1.0 + RESET, "x") is None, "but not for ever"
+    assert core.slow_start == (2, 3)
+
+
+def test_who_has_had_an_answer_keeps_nobody_out_and_can_still_fail() -> None:
+    core = make(slow_start_calls=8)
+    core.prober_failed(0.0, "x")
+    core.prober_succeeded(1.0)
+    core.record_success(acquire(core, 1.0), 1.01)
+    going_on = core.following
+    assert going_on is not None
+    assert core.slow_start == (2, 7)
+    assert core.record_success(going_on, 1.02) is None, "its end is nothing new"
+    assert core.slow_start == (2, 7)
+    first, second = acquire(core, 1.03), acquire(core, 1.03)
+    assert core.try_acquire(1.03)[0] is None
+    assert core.record_failure(going_on, 1.04, "x") is not None, (
+        "as at any other time: two calls are enough here"
+    )
+    assert core.following is None
+    for late in (going_on, first, second):
+        assert core.record_success(late, 1.05) is None
 
 
 def test_a_released_probe_makes_room_for_another() -> None:
@@ -508,9 +553,11 @@ def test_a_slow_node_is_asked_no_more_than_it_answers() -> None:
     core = recovering(slow_start_calls=32)
     first = take_all(core, 1.0)
     assert len(first) == 1
-    assert take_all(core, 5.9) == [], "as long as it has not answered"
+    assert take_all(core, 1.9) == [], "as long as it has not answered"
+    assert len(take_all(core, 5.9)) == 1, "or only one more, in case that it was the call"
     core.record_success(first[0], 5.9)
-    assert len(take_all(core, 5.9)) == 2
+    assert core.slow_start == (2, 31)
+    assert len(take_all(core, 5.9)) == 1, "with the one under way"
 
 
 def test_an_idle_circuit_waits_for_its_first_callers() -> None:

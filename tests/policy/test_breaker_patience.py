@@ -18,15 +18,15 @@ def core() -> BreakerCore:
     return found
 
 
-def fail(breaker: BreakerCore, now: float) -> None:
+def fail(breaker: BreakerCore, now: float, *, no_answer: bool = True) -> None:
     permit, _ = breaker.try_acquire(now)
     assert permit is not None
-    breaker.record_failure(permit, now, "late")
+    breaker.record_failure(permit, now, "late", no_answer=no_answer)
     assert breaker.state == OPEN
 
 
 @pytest.mark.parametrize("state", ["slow start", HALF_OPEN])
-def test_after_a_call_that_tried_the_prober_waits_a_quarter_of_the_open_time(state: str) -> None:
+def test_after_a_call_without_an_answer_the_prober_waits_a_quarter_of_the_open_time(state: str) -> None:
     breaker = core()
     fail(breaker, 101.0)
     wait = 16.0  # the second time
@@ -47,6 +47,10 @@ def test_after_any_other_failure_it_does_not_wait() -> None:
     moved = breaker.prober_succeeded(50.1)
     assert moved is not None
     assert moved.new == HALF_OPEN
+    fail(breaker, 50.2, no_answer=False)
+    moved = breaker.prober_succeeded(50.3)
+    assert moved is not None
+    assert moved.new == HALF_OPEN, "a connection that was reset, say, is no sign of too much to do"
 
 
 def test_a_node_seen_dead_is_believed_at_once() -> None:

@@ -26,6 +26,9 @@ __all__ = ["Fleet", "Gate", "Process", "Request"]
 USER_WAITS = 2.0
 """Seconds after which whoever asked is gone: a later answer is for nobody."""
 
+ASKS_AGAIN = 0.05
+"""Most seconds after which somebody asks again whom the slow start does not let through."""
+
 FIRST_PAUSE = 0.02
 """As the prober's own, after a failure that came at once."""
 
@@ -35,6 +38,9 @@ class Gate(Protocol):
 
     @property
     def is_open(self) -> bool: ...
+
+    @property
+    def starts_slowly(self) -> bool: ...
 
     def enter(self, now: float) -> object | None:
         """A permit, or None."""
@@ -61,6 +67,7 @@ class Request:
     """One of a user's. It stands in line itself: the first attributes are the line's."""
 
     __slots__ = (
+        "asked_at",
         "attempts",
         "born",
         "deadline",
@@ -83,10 +90,11 @@ class Request:
         self.since = born
         self.remaining: float | None = None
         self.attempts = 0
+        self.asked_at = born
         self.permit: object = None
         self.job: Job | None = None
         self.state = "new"
-        """new, line, connecting, running, pausing, over"""
+        """new, asking, line, connecting, running, pausing, over"""
 
 
 class Process:
@@ -186,9 +194,15 @@ class Fleet:
         if request.state == "over":
             return
         process, now = request.process, self._world.now
+        if request.state != "asking":
+            request.asked_at = now
         permit = process.gate.enter(now)
         if permit is None:
-            self._again_or_over(request, refused=True)
+            if process.gate.starts_slowly and now < request.asked_at + self._system.waits_for_place:
+                request.state = "asking"
+                self._world.after(self._chance.uniform(0.5, 1) * ASKS_AGAIN, self._attempt, request)
+            else:
+                self._again_or_over(request, refused=True)
             return
         request.permit = permit
         admission = process.admission
@@ -305,7 +319,7 @@ class Fleet:
             request.state = "over"
             if process.admission.leave(request, now):
                 process.gate.release(request.permit)
-        elif state == "pausing":
+        elif state in {"pausing", "asking"}:
             request.state = "over"
         elif self._system.bounded:
             request.state = "over"

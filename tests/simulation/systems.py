@@ -40,6 +40,8 @@ class System:
     sheds: bool = True
     """Whether the line is the library's, or just a line."""
     retries_refusals: bool = False
+    waits_for_place: float = 0.0
+    """Seconds for which somebody waits until the slow start lets it through."""
     probe_interval: float | None = None
     probe_timeout: float = math.inf
 
@@ -74,6 +76,10 @@ class Guarded:
     def is_open(self) -> bool:
         return self._core.closed_permit is None
 
+    @property
+    def starts_slowly(self) -> bool:
+        return self._core.slow_start is not None
+
     def enter(self, now: float) -> Permit | None:
         permit = self._core.closed_permit
         if permit is None:
@@ -90,7 +96,7 @@ class Guarded:
     def late(self, permit: Any, now: float, *, connecting: bool) -> None:
         # One call that was let through to see whether the node answers has seen that it does not.
         if permit.probe and not connecting:
-            self.failure(permit, now)
+            self._moved(self._core.record_failure(permit, now, "late", no_answer=True))
         else:
             self._core.release(permit)
 
@@ -142,6 +148,7 @@ def ours(
         gate=gate,
         probe_interval=policy.probe_interval if prober and breaker else None,
         probe_timeout=policy.probe_timeout,
+        waits_for_place=0.5,
     )
 
 
@@ -159,6 +166,8 @@ class Ungated:
         self._failures = 0
         self._open_until: float | None = None
         self._half_open = False
+
+    starts_slowly = False
 
     @property
     def is_open(self) -> bool:
