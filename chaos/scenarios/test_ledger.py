@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,6 @@ from resilientdb.testing import History, check_ledger
 from resilientdb.testing.checkers import Outcome
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Iterator
 
     from sqlalchemy import Connection
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from resilientdb.testing.toxiproxy import ToxiproxyServer
 
 _CALLERS = 8
+_DEAD = 30.0
+"""Seconds without anybody at work after which there is no hope: no fault lasts for two."""
 _RETRY = rdb.RetryPolicy(
     attempts=10,
     timeout=4.0,
@@ -65,11 +67,26 @@ def test_ledger(
         rdb.install(maker)
         maker.dispose()
 
+    began = at_work = time.monotonic()
+
     def body(connection: Connection, number: int) -> int:
+        nonlocal at_work
+        at_work = time.monotonic()
         ledger.insert(connection, number)
         return echo(connection, number)
 
+    def works() -> Iterator[Work]:
+        """So many, and more until each kind of fault was there. Plain SQLAlchemy need not go on for so long; and
+        where nobody gets a connection any more, nobody will."""
+        for number in itertools.count():
+            now = time.monotonic()
+            enough = number >= entries and strikes.complete.is_set()
+            if enough or now - began > limit or now - at_work > _DEAD:
+                return
+            yield work
+
     work = Work(body=body, exactly_once=True, tries=4, deadline=5.0)
+    limit = math.inf if run.guarded else run.profile.ledger or math.inf
     history = History()
     with contextlib.ExitStack() as blocks:
         servers = [pairs.primary, pairs.standby]
@@ -77,17 +94,19 @@ def test_ledger(
             server: blocks.enter_context(resilientdb_toxiproxy.proxy(server.address)) for server in servers
         }
         stack = blocks.enter_context(_stack(run, servers, [proxies[server] for server in servers], pairs))
-        began = time.monotonic()
+        began = at_work = time.monotonic()
         with Strikes(run.rng, pairs, proxies, stack.application) as strikes:
-            enough = None if run.guarded else run.profile.ledger
-            works = _until(work, entries, strikes.complete, enough)
-            with Load(stack, works, in_flight=_CALLERS, patience=60.0) as load:
+            with Load(stack, works(), in_flight=_CALLERS, patience=60.0) as load:
                 load.join()
             spent = time.monotonic() - began
         calls = load.calls
         for call in calls:
             history.complete(history.invoke(call.number), outcome(call, guarded=run.guarded), call.error)
-        eventually(lambda: once(stack, Work(body=echo)).ok_share == 1, "the stack serves again", timeout=10.0)
+        eventually(
+            lambda: not _open(pairs.primary, stack.application),
+            "no transaction is open any more",
+            timeout=10.0,
+        )
         rows = [row[0] for row in ledger.rows(pairs.primary)]
         report = check_ledger(history, rows)
         run.record(
@@ -103,6 +122,11 @@ def test_ledger(
             **{f"faults: {name}": count for name, count in sorted(strikes.counts.items())},
         )
         assert strikes.counts, "nothing was in the way"
+        eventually(
+            lambda: once(stack, Work(body=echo)).ok_share == 1,
+            f"the stack serves again: {calls[-1].error!r}, {stack.snapshot() if run.guarded else ''}",
+            timeout=10.0,
+        )
         if not run.guarded:
             assert report.duplicated, "this can fail: to try again writes twice"
             return
@@ -134,12 +158,10 @@ def _stack(
     )
 
 
-def _until(work: Work, entries: int, complete: threading.Event, enough: float | None) -> Iterator[Work]:
-    """So many, and more until each kind of fault was there; but no more after ``enough`` seconds."""
-    began = time.monotonic()
-    for number in itertools.count():
-        if enough is not None and time.monotonic() - began > enough:
-            return
-        if number >= entries and complete.is_set():
-            return
-        yield work
+def _open(server: Postgres, application: str) -> int:
+    """Transactions that are neither committed nor rolled back; of those who are gone, too."""
+    rows = server.query(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND xact_start IS NOT NULL",
+        [application],
+    )
+    return int(rows[0][0])
