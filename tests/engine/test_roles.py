@@ -1,0 +1,49 @@
+"""Who takes the writes, as the nodes are seen to change roles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+import resilientdb as rdb
+from resilientdb.engine.control import cluster_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from resilientdb.engine.cluster import Cluster
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    # Nobody is there: what the probers would see is said by the test.
+    engine = rdb.create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none", replicas=["127.0.0.1:2"])
+    yield cluster_of(engine)
+    engine.dispose()
+
+
+def test_writes_follow_a_promotion_and_the_next_one(cluster: Cluster) -> None:
+    left, right = cluster.nodes
+    left.saw_role("primary")
+    right.saw_role("replica")
+    right.saw_role("primary")
+    assert cluster.for_write() is right
+    left.saw_role("replica")
+    left.saw_role("primary")
+    assert cluster.for_write() is left
+
+
+def test_a_promotion_is_followed_though_nobody_saw_the_replica_that_it_was(cluster: Cluster) -> None:
+    """The old primary came back as a replica and was promoted between two looks: it was seen as a primary, always."""
+    left, right = cluster.nodes
+    left.saw_role("primary")
+    right.saw_role("replica")
+    right.saw_role("primary")
+    left.saw_role("primary")
+    assert cluster.for_write() is right, "so does an old primary that was never told"
+    right.saw_role("replica")
+    with pytest.raises(rdb.NoPrimaryAvailable):
+        cluster.for_write()
+    left.saw_role("primary")
+    assert cluster.for_write() is left
