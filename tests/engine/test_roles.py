@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
+import sqlalchemy as sa
 
 import resilientdb as rdb
+from resilientdb.engine import probe
 from resilientdb.engine.control import cluster_of
+from resilientdb.testing import Postgres, faults
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,3 +51,37 @@ def test_a_promotion_is_followed_though_nobody_saw_the_replica_that_it_was(clust
         cluster.for_write()
     left.saw_role("primary")
     assert cluster.for_write() is left
+
+
+def test_a_promotion_is_seen_however_long_there_was_no_primary(
+    resilientdb_postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who are refused use the engine, too: the probers go on looking for as long as anybody asks."""
+    monkeypatch.setattr(probe, "_LINGER", 0.3)
+    with (
+        Postgres(name="lost", binaries=resilientdb_postgres.binaries) as lost,
+        Postgres.standby(lost, name="found") as found,
+    ):
+        engine = rdb.create_engine(lost.url(), replicas=[found.address])
+        with engine.connect() as connection:
+            connection.execute(sa.text("SELECT 1"))
+        lost.crash()
+        asked_until = time.monotonic() + 1.0
+        while time.monotonic() < asked_until:
+            assert not _is_served(engine)
+        faults.promote(found)
+        give_up = time.monotonic() + 10.0
+        while not _is_served(engine):
+            assert time.monotonic() < give_up
+        assert rdb.control(engine).snapshot().primary == found.address
+        engine.dispose()
+
+
+def _is_served(engine: sa.Engine) -> bool:
+    time.sleep(0.02)
+    try:
+        with engine.begin() as connection:
+            connection.execute(sa.text("SELECT 1"))
+    except (rdb.ResilienceError, sa.exc.OperationalError):
+        return False
+    return True
