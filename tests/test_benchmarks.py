@@ -118,7 +118,7 @@ def test_normal_is_when_nearly_everybody_is_answered_quickly() -> None:
 
 def outage(*requests: tuple[float, float, str]) -> Figures:
     """Silence from 10 to 20, watched until 25. Of each request: when it was due, when it ended, how."""
-    return outage_figures([Request(*request) for request in requests], 10.0, 20.0, 25.0, deadline=1.0)
+    return outage_figures([Request(*request) for request in requests], 10.0, 20.0, 20.0, 25.0, deadline=1.0)
 
 
 def test_an_outage_is_noticed_when_somebody_is_refused_at_once() -> None:

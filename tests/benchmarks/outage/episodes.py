@@ -70,7 +70,7 @@ def run_all(
                 "rate": RATE,
                 "seconds": whole,
             }
-            broken_and_healed: list[tuple[float, float]] = []
+            moments: list[tuple[float, float, float]] = []
             with _start(options) as service:
                 assert service.stdout is not None
                 if json.loads(service.stdout.readline() or "null") != "ready":
@@ -80,21 +80,22 @@ def run_all(
                     with fault(proxy):
                         broken = time.monotonic()
                         time.sleep(seconds)
-                    broken_and_healed.append((broken, time.monotonic()))
+                        ended = time.monotonic()
+                    moments.append((broken, ended, time.monotonic()))
                     time.sleep(watch)
                 said, _ = service.communicate(timeout=whole + _PATIENCE)
-        results[name] = _judged(json.loads(said.splitlines()[-1]), broken_and_healed, watch)
+        results[name] = _judged(json.loads(said.splitlines()[-1]), moments, watch)
     return results
 
 
-def _judged(said: dict[str, Any], broken_and_healed: list[tuple[float, float]], watch: float) -> Result:
+def _judged(said: dict[str, Any], moments: list[tuple[float, float, float]], watch: float) -> Result:
     requests = [
         Request(due, float("inf") if ended is None else ended, how) for due, ended, how in said["requests"]
     ]
     return Result(
         [
-            figures(requests, broken, healed, healed + watch, deadline=DEADLINE)
-            for broken, healed in broken_and_healed
+            figures(requests, broken, ended, healed, healed + watch, deadline=DEADLINE)
+            for broken, ended, healed in moments
         ],
         said["late_p99"],
     )

@@ -99,6 +99,7 @@ async def _serve_tasks(options: dict[str, Any]) -> None:
     await asyncio.gather(*(request() for _ in range(CONNECTIONS)))
     record = _Record()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda *_: None)  # of connections that were cut, drivers leave futures behind
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(number: int) -> None:

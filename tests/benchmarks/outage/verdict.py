@@ -63,10 +63,11 @@ class Figures:
 
 
 def figures(
-    requests: Sequence[Request], broken: float, healed: float, until: float, *, deadline: float
+    requests: Sequence[Request], broken: float, ended: float, healed: float, until: float, *, deadline: float
 ) -> Figures:
-    """``until``: the next outage, or the end of the run."""
-    during = [request for request in requests if broken <= request.due < healed]
+    """It lasted from ``broken`` to ``ended``; by ``healed`` nothing of it was left. ``until``: the next one, or the
+    end of the run."""
+    during = [request for request in requests if broken <= request.due < ended]
     after = [request for request in requests if healed <= request.due < until]
     noticed = min((request.due for request in during if _is_refused_fast(request)), default=None)
     since = [request for request in during if noticed is not None and request.due > noticed]
