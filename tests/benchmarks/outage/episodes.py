@@ -27,6 +27,7 @@ MODES = ("threads", "asyncio")
 RATE = 50.0
 """Requests a second; the pool can serve ten times as many."""
 _WARM = 1.0
+_GRACE = 1.5
 _PATIENCE = 60.0
 _ROOT = Path(__file__).parents[3]
 
@@ -62,20 +63,22 @@ def run_all(
     results: dict[str, Result] = {}
     for name in SYSTEMS[: bench.scale.contestants]:
         with bench.toxiproxy.proxy(bench.server.address) as proxy:
-            whole = _WARM + outages * (seconds + watch) + 0.5
+            warm = min(_WARM, seconds)
+            whole = warm + outages * (seconds + watch) + 0.5
             options = {
                 "client": name,
                 "mode": mode,
                 "url": bench.server.url("", port=proxy.listen_port),
                 "rate": RATE,
                 "seconds": whole,
+                "grace": min(_GRACE, watch),
             }
             moments: list[tuple[float, float, float]] = []
             with _start(options) as service:
                 assert service.stdout is not None
                 if json.loads(service.stdout.readline() or "null") != "ready":
                     raise AssertionError(f"{name} did not start ({mode})")
-                time.sleep(_WARM)
+                time.sleep(warm)
                 for _ in range(outages):
                     with fault(proxy):
                         broken = time.monotonic()

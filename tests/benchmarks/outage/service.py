@@ -1,9 +1,9 @@
 """The server under load: begins a request every so often and notes what became of each.
 
-Argument, as JSON: ``client``, ``mode`` ("threads" or "asyncio"), ``url``, ``rate`` and ``seconds``: for how long
-requests come. Says "ready" when the pool is warm; the requests come from then on. At the end it gives those under way
-``_GRACE`` seconds, and says, as JSON, when each was due, when it ended (null: it has not) and how, and how late the
-requests were begun.
+Argument, as JSON: ``client``, ``mode`` ("threads" or "asyncio"), ``url``, ``rate``, ``seconds``: for how long requests
+come, and ``grace``: how long those under way are waited for at the end. Says "ready" when the pool is warm; the requests
+come from then on. When all is over it says, as JSON, when each was due, when it ended (null: it has not) and how, and
+how late the requests were begun.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_GRACE = 1.5
 _HEAD_START = 0.1
 
 
@@ -67,7 +66,7 @@ def _arrive(record: _Record, options: dict[str, Any], begin: Callable[[int], obj
         record.due.append(due)
         record.late.append(time.monotonic() - due)
         begin(number)
-    time.sleep(_GRACE)
+    time.sleep(options["grace"])
     record.say()
 
 
