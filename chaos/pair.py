@@ -18,7 +18,7 @@ _SETTLED = 0.1
 
 
 class Pair:
-    """Two servers. For one thread at a time, but ``rebuild`` may go on beside faults on the primary."""
+    """Two servers. For one thread at a time, but ``copy`` and ``couple`` may go on beside faults on the primary."""
 
     def __init__(self, primary: Postgres, standby: Postgres) -> None:
         self.primary = primary
@@ -27,7 +27,7 @@ class Pair:
     def __enter__(self) -> Pair:
         self.primary.start()
         self.standby.start()
-        self._couple()
+        self.couple()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,13 +50,17 @@ class Pair:
 
     def rebuild(self) -> None:
         """After a promotion: the old primary comes back, by base backup, as the other one's synchronous standby."""
+        self.copy()
+        self.couple()
+
+    def copy(self) -> None:
+        """The first half of ``rebuild``: the old primary is a standby. It needs the primary all the while."""
         # Or it would come along in the backup, and the standby, once promoted, would wait for one of its own.
         self.primary.query("ALTER SYSTEM RESET synchronous_standby_names")
         self.standby.follow(self.primary)
-        self._couple()
 
-    def _couple(self) -> None:
-        """From here on, what is acknowledged is on the standby."""
+    def couple(self) -> None:
+        """The other half: from here on, what is acknowledged is on the standby. May be tried again."""
         self.primary.query("ALTER SYSTEM SET synchronous_standby_names = '*'")
         self.primary.query("SELECT pg_reload_conf()")
         eventually(self._is_coupled, "the standby replicates synchronously", timeout=30.0)

@@ -21,7 +21,10 @@ __all__ = ["Strikes"]
 
 _FIRST: Final = 5
 _PAUSE: Final = (0.05, 0.25)
-_REBUILT: Final = 60.0
+_OF_PAIRS: Final = frozenset({"promotion", "standby restarted"})
+_OF_SERVERS: Final = frozenset({"restart", "crash", "crash of a backend"})
+"""What a base backup would not survive: one has to come to its end."""
+_REBUILT: Final = 90.0
 """Seconds in which a standby has to be there again."""
 
 
@@ -44,6 +47,8 @@ class Strikes:
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._go, name="chaos-strikes", daemon=True)
         self._rebuilding: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         self.counts: Counter[str] = Counter()
         self.complete = threading.Event()
         """Set when there was each kind of fault, or there will be no more."""
@@ -87,7 +92,7 @@ class Strikes:
         try:
             self._strike_until_stopped()
         except Exception as error:  # noqa: BLE001 - raised where it is seen
-            self._failure = error
+            self._failure = self._failure or error
         finally:
             self.complete.set()
 
@@ -98,7 +103,9 @@ class Strikes:
             if not self.missing:
                 self.complete.set()
             name = due.pop() if due else self._rng.choices(names, weights)[0]
-            if name in {"promotion", "standby restarted"} and self._is_rebuilding():
+            if self._is_rebuilding() and (
+                name in _OF_PAIRS or (name in _OF_SERVERS and not self._copied.is_set())
+            ):
                 if not self.complete.is_set():
                     due.insert(0, name)
                 continue
@@ -130,6 +137,7 @@ class Strikes:
     def _fail_over(self) -> None:
         how: Literal["immediate", "main"] = self._rng.choice(["immediate", "main"])
         self._pair.fail_over(how, after=self._rng.uniform(0.0, 0.3))
+        self._copied.clear()
         self._rebuilding = threading.Thread(target=self._rebuild, name="chaos-rebuild", daemon=True)
         self._rebuilding.start()
 
@@ -138,14 +146,22 @@ class Strikes:
 
     def _rebuild(self) -> None:
         until = time.monotonic() + _REBUILT
+        try:
+            self._persist(self._pair.copy, until)
+            self._copied.set()
+            self._persist(self._pair.couple, until)
+        except Exception as error:  # noqa: BLE001 - raised where it is seen
+            self._failure = error
+            self._stop.set()
+
+    def _persist(self, step: Callable[[], object], until: float) -> None:
+        """Its primary may just be down."""
         while True:
             try:
-                self._pair.rebuild()
-            except Exception as error:  # noqa: BLE001 - its primary may just be down
+                step()
+            except Exception:
                 if time.monotonic() > until:
-                    self._failure = error
-                    self._stop.set()
-                    return
+                    raise
                 time.sleep(0.1)
             else:
                 return

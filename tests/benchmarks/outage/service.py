@@ -1,9 +1,9 @@
 """The server under load: begins a request every so often and notes what became of each.
 
-Argument, as JSON: ``client``, ``mode`` ("threads" or "asyncio"), ``url``, ``rate``, ``seconds``: for how long requests
-come, and ``grace``: how long those under way are waited for at the end. Says "ready" when the pool is warm; the requests
-come from then on. When all is over it says, as JSON, when each was due, when it ended (null: it has not) and how, and
-how late the requests were begun.
+Argument, as JSON: ``client``, ``mode`` ("threads" or "asyncio"), ``url``, ``rate``, ``seconds``: for how long
+requests come, and ``grace``: how long those under way are waited for at the end. Says "ready" when the pool is warm;
+the requests come from then on. When all is over it says, as JSON, when each was due, when it ended (null: it has
+not) and how, and how late the requests were begun.
 """
 
 from __future__ import annotations
