@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--chaos-ledger",
         type=int,
         metavar="N",
-        help="write so many entries into ledgers, the drivers together",
+        help="write so many entries into the ledger, on PostgreSQL all drivers together",
     )
     group.addoption("--chaos-seed", type=int, default=_SEED, help="for everything that is drawn at random")
 

@@ -32,7 +32,7 @@ class Profile:
     entries: int
     """In the ledger of each driver, if ``--chaos-ledger`` does not say another number."""
     ledger: float | None
-    """Seconds after which plain SQLAlchemy need write no more; None = however long it takes."""
+    """Seconds after which those who need not write all of them stop; None = however long it takes."""
 
 
 PROFILES = {

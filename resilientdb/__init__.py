@@ -27,7 +27,7 @@ from resilientdb.config import (
 )
 from resilientdb.engine.control import AsyncEngineControl, Control, EngineControl, control
 from resilientdb.engine.create import create_async_engine, create_engine
-from resilientdb.engine.outcome import CommitOutcome, TokenTable
+from resilientdb.engine.outcome import TokenTable
 from resilientdb.engine.transaction import (
     install,
     install_async,
@@ -54,6 +54,7 @@ from resilientdb.errors import (
 )
 from resilientdb.policy.faults import Fault, classify
 from resilientdb.runtime.context import criticality, deadline, read_only, recording
+from resilientdb.stats import CommitOutcome
 
 __version__ = "0.1.0.dev0"
 

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from resilientdb.stats import Holder, Role
+    from uuid import UUID
+
+    from resilientdb.stats import CommitOutcome, Holder, Role
 
 __all__ = [
     "AcquisitionRetried",
     "CircuitStateChanged",
     "CircuitWouldChange",
+    "CommitInDoubt",
+    "CommitSettled",
     "ConnectionLeaked",
     "DrainBegun",
     "Event",
@@ -108,3 +112,27 @@ class RetryBudgetExhausted(Event):
     """A retry was not made because too many were made lately; said once until one is allowed again."""
 
     error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommitInDoubt(Event):
+    """COMMIT was sent to ``node``, and its reply was lost or not awaited; ``error`` says how, without SQL or
+    credentials. Of a transaction run with ``exactly_once=True`` a ``CommitSettled`` follows, unless its caller was
+    cancelled."""
+
+    node: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommitSettled(Event):
+    """What became of a COMMIT in doubt, found out by ``attempts`` questions in ``seconds``.
+
+    ``unknown``: it could not be learned in time; whoever called was told so, and ``resolve(engine, key)`` may tell it
+    later.
+    """
+
+    key: UUID
+    outcome: CommitOutcome
+    attempts: int
+    seconds: float

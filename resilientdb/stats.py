@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BOUNDS",
+    "CommitOutcome",
     "EngineState",
     "Histogram",
     "Holder",
@@ -29,6 +30,10 @@ Role = Literal["primary", "replica", "unknown"]
 EngineState = Literal["healthy", "saturated", "read_only", "down", "draining"]
 """healthy: all work is accepted. saturated: callers are waiting and the queue is at least half full.
 read_only: no primary, but a replica serves reads. down: nothing can be served. draining: shutting down."""
+
+
+CommitOutcome = Literal["committed", "aborted", "unknown"]
+"""``unknown``: it is still open, or so old that its key has been purged, or nobody could be asked in time."""
 
 
 BOUNDS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -212,4 +217,9 @@ class Snapshot:
     retries: int = 0
     retry_budget: float = 1.0
     """Share of the retry budget that is left, 0.0 to 1.0."""
+    commits_in_doubt: int = 0
+    """COMMITs that were sent and whose reply was lost or not awaited."""
+    commits_settled: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Those of transactions run with ``exactly_once=True``, by what became of them: ``committed``, ``aborted``, or
+    ``unknown`` when it could not be learned in time."""
     detail: dict[str, object] = field(default_factory=dict)

@@ -10,6 +10,7 @@ import os
 import random
 import threading
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from resilientdb.config import Resilience
@@ -19,6 +20,8 @@ from resilientdb.engine.node import Node
 from resilientdb.errors import NoPrimaryAvailable, NoReplicaAvailable, ResilienceError
 from resilientdb.events import (
     AcquisitionRetried,
+    CommitInDoubt,
+    CommitSettled,
     Event,
     PrimaryChanged,
     RetryBudgetExhausted,
@@ -33,11 +36,12 @@ from resilientdb.stats import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from uuid import UUID
 
     from sqlalchemy.engine.interfaces import Dialect
 
     from resilientdb.engine.door import Door
-    from resilientdb.stats import EngineState, PoolStats, Role
+    from resilientdb.stats import CommitOutcome, EngineState, PoolStats, Role
 
 __all__ = ["Cluster"]
 
@@ -45,7 +49,7 @@ T = TypeVar("T")
 
 
 class Cluster:
-    """Shared by the pools of one engine. ``_lock`` guards ``primary`` and the budget (re-entrant: a
+    """Shared by the pools of one engine. ``_lock`` guards ``primary``, the budget and the counts (re-entrant: a
     finalizer may ask for a snapshot in the middle of it); listeners are called outside it, in order."""
 
     def __init__(self, resilience: Resilience, dialect: Any, nodes: Sequence[tuple[str, Role, Any]]) -> None:
@@ -59,6 +63,8 @@ class Cluster:
         self._listeners: list[Callable[[Event], object]] = []
         self._rng = random.Random()
         self._retries = 0
+        self._in_doubt = 0
+        self._settled: Counter[str] = Counter()
         self._popped: dict[str, PoolStats] = {}
         """What was told when the counts were popped last."""
         self.is_curious = False
@@ -173,6 +179,18 @@ class Cluster:
         node = retrying.node_of(error)
         self.emit(TransactionRetried(node=node, attempt=number, delay=delay, error=describe(error)))
 
+    # -- COMMITs in doubt ----------------------------------------------------------------------------------
+
+    def commit_in_doubt(self, node: str, error: BaseException) -> None:
+        with self._lock:
+            self._in_doubt += 1
+        self.emit(CommitInDoubt(node=node, error=describe(error)))
+
+    def commit_settled(self, key: UUID, outcome: CommitOutcome, attempts: int, seconds: float) -> None:
+        with self._lock:
+            self._settled[outcome] += 1
+        self.emit(CommitSettled(key=key, outcome=outcome, attempts=attempts, seconds=seconds))
+
     # -- the probers ---------------------------------------------------------------------------------------
 
     @property
@@ -224,6 +242,7 @@ class Cluster:
         now = monotonic()
         with self._lock:
             left, retries = self._budget.left(now, self._rate()), self._retries
+            in_doubt, settled = self._in_doubt, dict(self._settled)
         return Snapshot(
             state=state,
             retry_after=None if state == "healthy" else self._retry_after(),
@@ -231,6 +250,8 @@ class Cluster:
             nodes=stats,
             retries=retries,
             retry_budget=left,
+            commits_in_doubt=in_doubt,
+            commits_settled=settled,
         )
 
     def pool_stats(self) -> dict[str, PoolStats]:

@@ -40,7 +40,8 @@ KEEPALIVE_COUNT: Final = 3
 class Driver:
     """A driver of which nothing is known, and the promise that every described one keeps.
 
-    No method but ``begin_with`` raises for a broken or closed connection, and no other waits.
+    No method but ``begin_with``, ``commit`` and ``rolls_back_on_timeout`` raises for a broken or closed connection,
+    and no other waits.
     """
 
     name: str
@@ -99,6 +100,23 @@ class Driver:
         that comes next, and return what tells it afterwards. None: there is no need."""
         _ = dbapi_connection
         return None
+
+    def commit(self, dbapi_connection: object, commit: Callable[[Any], None], connection: Any) -> None:
+        """``commit(connection)``, which is not cancelled at the server when the thread that waits for it is
+        interrupted."""
+        _ = dbapi_connection
+        commit(connection)
+
+    def rolls_back(self, error: BaseException) -> bool | None:
+        """Whether the server, when it answers with this error, has rolled back the whole transaction and takes the
+        next statement as the first of a new one. None: if it is set up so, see ``rolls_back_on_timeout``."""
+        _ = error
+        return False
+
+    def rolls_back_on_timeout(self, dbapi_connection: object) -> bool:
+        """Ask the server whether it does so when a lock could not be had in time."""
+        _ = dbapi_connection
+        return False
 
     def begin_with(self, dbapi_connection: object, cursor: Any, statement: str) -> None:
         """Execute ``statement``, which has no parameters and no rows, as the first of a transaction: in one message

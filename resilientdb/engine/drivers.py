@@ -116,6 +116,14 @@ class _Psycopg(_Libpq):
         finally:
             self.allow_begin(dbapi_connection)
 
+    def commit(self, dbapi_connection: object, commit: Callable[[Any], None], connection: Any) -> None:
+        own: Any = dbapi_connection
+        own._try_cancel = _let_the_interrupt_go_on  # noqa: SLF001 - what it calls upon Ctrl-C
+        try:
+            commit(connection)
+        finally:
+            del own._try_cancel  # noqa: SLF001 - the class has its own
+
     def _execute_unprepared(self, cursor: Any, statement: str) -> None:
         # Only what is not prepared can be several statements, and no two of these are alike.
         cursor.execute(statement, prepare=False)
@@ -158,6 +166,11 @@ class _Psycopg(_Libpq):
             return None
 
 
+def _let_the_interrupt_go_on(*_: object, **__: object) -> None:
+    """In place of a cancel request: a COMMIT that waits for its standby would be answered without it."""
+    raise  # noqa: PLE0704 - what psycopg is handling, as it would in the end
+
+
 class _PsycopgAsync(_Psycopg):
     """The same behind SQLAlchemy's adapter."""
 
@@ -171,6 +184,10 @@ class _PsycopgAsync(_Psycopg):
 
     def is_failed(self, dbapi_connection: object) -> bool:
         return super().is_failed(own_connection(dbapi_connection))
+
+    def commit(self, dbapi_connection: object, commit: Callable[[Any], None], connection: Any) -> None:
+        _ = dbapi_connection
+        commit(connection)  # a task's cancellation does not get here: see engine.commit
 
     def _execute_unprepared(self, cursor: Any, statement: str) -> None:
         # The adapter's cursor does not pass the option on.

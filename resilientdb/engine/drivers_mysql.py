@@ -18,6 +18,7 @@ from resilientdb.engine.driver import (
     set_socket_options,
     valid_fd,
 )
+from resilientdb.policy.faults import number_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,11 @@ _IN_READ_ONLY_TRANSACTION: Final = 0x2000
 """Of the server's status, as told with each reply."""
 
 _CANNOT_CONNECT: Final = 2003
+
+_ROLLED_BACK: Final = frozenset({1020, 1206, 1213})
+"""Changed since it was read (in MariaDB, with ``innodb_snapshot_isolation``), no room for locks, deadlock."""
+_LOCK_WAIT_TIMEOUT: Final = 1205
+"""The statement only, unless ``innodb_rollback_on_timeout`` says more."""
 
 
 class _MySQL(Driver):
@@ -51,7 +57,7 @@ class _MySQL(Driver):
         if status is None:
             return None
         if status & _IN_TRANSACTION:
-            # A deadlock rolls the transaction back, and an error brings no status.
+            # A deadlock rolls the transaction back (see rolls_back), and an error brings no status.
             return "undecided"
         # Without autocommit, a SELECT since the last OK may have begun one.
         return "idle" if status & _AUTOCOMMIT else None
@@ -61,6 +67,19 @@ class _MySQL(Driver):
 
     def has_declared_read_only(self, dbapi_connection: object) -> bool:
         return bool((_status(dbapi_connection) or 0) & _IN_READ_ONLY_TRANSACTION)
+
+    def rolls_back(self, error: BaseException) -> bool | None:
+        number = number_of(error)
+        return None if number == _LOCK_WAIT_TIMEOUT else number in _ROLLED_BACK
+
+    def rolls_back_on_timeout(self, dbapi_connection: object) -> bool:
+        connection: Any = dbapi_connection
+        cursor = connection.cursor()
+        try:
+            cursor.execute("SELECT @@innodb_rollback_on_timeout")
+            return bool(int(cursor.fetchone()[0]))
+        finally:
+            cursor.close()
 
     def read_role(self, row: Sequence[Any]) -> Literal["primary", "replica"]:
         # A number, or a word where there are more kinds of read-only than one.

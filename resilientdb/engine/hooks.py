@@ -16,6 +16,7 @@ from resilientdb.engine.commit import without_cancelling
 from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.engine.drivers import Driver
 from resilientdb.engine.retrying import happened_at, remember_beginning
+from resilientdb.engine.rollbacks import Rollbacks
 from resilientdb.errors import (
     CommitOutcomeUnknown,
     DeadlineExceeded,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
 
     from resilientdb.engine.cluster import Cluster
+    from resilientdb.engine.node import Node
 
 __all__ = ["WITH_BEGIN", "install"]
 
@@ -59,8 +61,12 @@ class _Hooks:
         self._is_known = type(cluster.driver) is not Driver
         self._is_failed = cluster.driver.is_failed
         self._answer_to_commit = cluster.driver.answer_to_commit
+        rollbacks = Rollbacks(cluster.driver)
+        rollbacks.attach(dialect)
+        self._rollbacks = rollbacks if rollbacks.are_silent else None
         self._in_tasks = dialect.is_async and cluster.has_server
         self._commit = dialect.do_commit
+        self._commit_by_driver = cluster.driver.commit
         self._rollback = dialect.do_rollback
         self._execute_no_params = dialect.do_execute_no_params
         dialect.do_execute_no_params = self._do_execute_no_params  # type: ignore[method-assign]
@@ -93,12 +99,18 @@ class _Hooks:
         deadline = current_deadline()
         if deadline is not None:
             self._hold_to(deadline, record, "COMMIT was sent; nothing is committed")
+        if self._rollbacks is not None and not only_reads:
+            aborted = self._rollbacks.before_commit(record)
+            if aborted is not None:
+                self._do_rollback(connection)
+                raise aborted
+            self._rollbacks.forget(record)
         answer = self._answer_to_commit(raw)
         try:
             if self._in_tasks and record is not None:
                 without_cancelling(self._commit, connection, lambda: self._cut(record))
             else:
-                self._commit(connection)
+                self._commit_by_driver(raw, self._commit, connection)
         except BaseException as error:
             if not _cannot_have_written(record):
                 _mark_as_commit(error)
@@ -119,6 +131,8 @@ class _Hooks:
         raw = getattr(connection, "dbapi_connection", connection)
         if is_read_only() and self._is_idle(raw):
             return  # the driver would send nothing either, but take its time to find that out
+        if self._rollbacks is not None:
+            self._rollbacks.forget(record_of(connection))
         deadline = current_deadline()
         if deadline is not None and (record := record_of(connection)) is not None:
             self._appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))
@@ -175,12 +189,16 @@ class _Hooks:
         fault = classify(error, phase)
         if phase is Phase.STATEMENT:
             record.failed_with = (describe(error), fault.retry_transaction)  # see _aborted
+            if self._rollbacks is not None:
+                self._rollbacks.note(record, error)
         if fault.evicts_connection and not context.is_disconnect and self._cluster.has_server:
             # SQLAlchemy would keep it, and pre_ping would call it healthy for ever: it is, but it leads to the
             # wrong node, or its session is beyond repair.
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
         in_doubt = phase is Phase.COMMIT and (fault is Fault.IN_DOUBT or cut)
+        if in_doubt:
+            self._cluster.commit_in_doubt(self._node_of(record).name, error)
         if not isinstance(error, Exception):
             # A cancellation stays one, or a task that was told to end would carry on.
             if in_doubt:
@@ -201,8 +219,7 @@ class _Hooks:
 
     def _settle(self, record: Any, error: BaseException, phase: Phase, *, cut: bool) -> None:
         """Tell the breaker of the node what the failure shows, now rather than at the checkin."""
-        # SQLAlchemy's StaticPool makes plain records of its own.
-        node = getattr(record, "node", self._cluster.nodes[0])
+        node = self._node_of(record)
         happened_at(error, node.name)
         remember_beginning(error, getattr(record, "since", 0.0))
         fault = evidence(error, phase)
@@ -218,6 +235,11 @@ class _Hooks:
             node.breaker.record_failure(permit, error, no_answer=cut)
         else:
             node.breaker.release(permit)
+
+    def _node_of(self, record: Any) -> Node:
+        # SQLAlchemy's StaticPool makes plain records of its own.
+        node: Node = getattr(record, "node", self._cluster.nodes[0])
+        return node
 
     def _has_declared_read_only(self, context: ExceptionContext, record: Any) -> bool:
         """Whether a write was refused because the application itself asked for a READ ONLY transaction."""

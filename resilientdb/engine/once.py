@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from resilientdb.config import RetryPolicy
     from resilientdb.engine.cluster import Cluster
-    from resilientdb.engine.outcome import CommitOutcome, TokenTable
+    from resilientdb.engine.outcome import TokenTable
+    from resilientdb.stats import CommitOutcome
 
 __all__ = ["Hands", "Once", "resolve"]
 
@@ -98,6 +99,7 @@ class Once(Generic[T]):
         except Exception as last:
             if self._claim is None:
                 raise  # the function's, in a transaction of its own
+            self._settle("unknown")
             raise self._unknown(last) from self._doubt.__cause__ if self._doubt is not None else last
 
     def _attempt(self) -> T:
@@ -107,8 +109,9 @@ class Once(Generic[T]):
                 connection = self._hands.connection(work)
                 if self._claim is None:
                     self._write(connection)
-                if self._claim is None or self._claim.was_not_committed(connection):
-                    self._claim = None  # what was sent before has not been committed, and cannot be any more
+                elif self._claim.was_not_committed(connection):
+                    self._settle("aborted")  # and it cannot be committed any more
+                if self._claim is None:
                     self._value = self._function(work)
                 committing = True
                 # In silence, a COMMIT that may wait until the deadline leaves no time to find out what became of it.
@@ -118,14 +121,22 @@ class Once(Generic[T]):
             if committing:
                 self._doubt = error
                 error.key = self.key
-                self._claim = Claim(self._table, self.key, self._left)
+                # Where a proof got lost, the question stays the same.
+                self._claim = self._claim or Claim(self._table, self.key, self._left)
             raise
         except BaseException as error:
             if not isinstance(error, Exception) and (committing or self._claim is not None):
                 error.add_note(f"ask with resilientdb.resolve(engine, UUID('{self.key}'))")
             raise
+        if self._claim is not None:
+            self._settle("committed")
         value: T = self._value
         return value
+
+    def _settle(self, outcome: CommitOutcome) -> None:
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            self._cluster.commit_settled(self.key, outcome, claim.attempts, monotonic() - claim.since)
 
     def _write(self, connection: Connection) -> None:
         self.key = new_key(wall(), int.from_bytes(os.urandom(10)))

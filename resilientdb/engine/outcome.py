@@ -6,45 +6,49 @@ to write: the resolver inserts the same key, or counts it up where it is. The in
 the key and is still open; it finds what it was looking for or has the key to itself, and no packet that arrives late
 can change that. And because it writes, its own COMMIT is answered only when all before it is as durable.
 
-Each transaction also holds an advisory lock of the key's number, so that the server process that still has it open
-can be found, behind a pooler too.
+How each kind of server says it is in a file of its own (``outcome_postgresql``, ``outcome_mysql``).
 """
 
 # ruff: noqa: S608 - what is put into statements is hexadecimal, a number, or a name that was quoted
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy import exc
 
 from resilientdb.engine.hooks import WITH_BEGIN
+from resilientdb.engine.outcome_mysql import MySQL
+from resilientdb.engine.outcome_postgresql import PostgreSQL
 from resilientdb.errors import ConfigurationError
-from resilientdb.policy.faults import sqlstate_of
-from resilientdb.policy.outcome import Holder, forget_before, lock_number, made_at, patience, verdict_on
+from resilientdb.policy.outcome import forget_before, made_at, patience, verdict_on
 from resilientdb.runtime.clock import monotonic, wall
 
 if TYPE_CHECKING:
-    import uuid
     from collections.abc import Callable
 
     from sqlalchemy import Connection
     from sqlalchemy.engine.interfaces import Dialect
 
-__all__ = ["Claim", "CommitOutcome", "TokenTable", "create", "purge_some", "was_purged", "write"]
+    from resilientdb.policy.outcome import Holder
 
-CommitOutcome = Literal["committed", "aborted", "unknown"]
-"""``unknown``: it is still open, or so old that its key has been purged."""
+__all__ = ["Claim", "TokenTable", "create", "purge_some", "was_purged", "write"]
 
-_HORIZON: Final = "0" * 32
-"""The key of the row that says up to where the table was purged."""
+_HORIZON: Final = uuid.UUID(int=0)
+"""The key of the row that says up to where the table was purged, in milliseconds since 1970."""
+
+_KEY: Final = sa.Uuid().with_variant(sa.BINARY(16), "mysql").with_variant(sa.BINARY(16), "mariadb")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTable:
-    """Where the tokens are: a table of two columns, ``id`` (a UUID, the primary key) and ``n`` (a bigint)."""
+    """Where the tokens are: a table of two columns, ``id`` (a UUID, the primary key) and ``n`` (a bigint).
+
+    On MySQL and MariaDB ``schema`` is the database, and ``id`` a BINARY(16), which sorts by age on all of them.
+    """
 
     name: str = "resilientdb_token"
     schema: str | None = None
@@ -54,9 +58,12 @@ class TokenTable:
         return sa.Table(
             self.name,
             metadata,
-            sa.Column("id", sa.Uuid(), primary_key=True),
+            sa.Column("id", _KEY, primary_key=True),
             sa.Column("n", sa.BigInteger(), nullable=False, server_default=sa.text("0")),
             schema=self.schema,
+            # A token that stays when its transaction is rolled back would say that it was committed.
+            mysql_engine="InnoDB",
+            mariadb_engine="InnoDB",
         )
 
     def ddl(self, dialect: Dialect) -> str:
@@ -65,11 +72,14 @@ class TokenTable:
         return str(create.compile(dialect=dialect)).strip()
 
 
-class _Language(Protocol):
+class Language(Protocol):
     """How one kind of server says it."""
 
     def install(self, table: TokenTable, dialect: Dialect) -> list[str]:
         """Create the table where there is none; also when two do it at once."""
+
+    def literal(self, key: uuid.UUID) -> str:
+        """The key, as a statement has it."""
 
     def write(self, table: str, key: uuid.UUID) -> str:
         """Write the token. Raises where it is there already."""
@@ -77,14 +87,19 @@ class _Language(Protocol):
     def claim(self, connection: Connection, table: str, key: uuid.UUID, wait: float) -> bool:
         """Take the key, or count it up where it is. True: it was not there. Raises when it had to wait too long."""
 
-    def holder(self, connection: Connection, key: uuid.UUID) -> Holder | None:
-        """Who has the key's transaction open."""
+    def holder(self, connection: Connection, table: str, key: uuid.UUID) -> Holder | None:
+        """Who has the key's transaction open. Called as the first of a transaction, which it may end."""
 
     def terminate(self, connection: Connection, holder: Holder) -> None:
         """End it, if it is ours and does not wait for a standby."""
 
-    def purge(self, table: str, before: uuid.UUID, batch: int) -> list[str]:
-        """Say that all keys before this one are forgotten; then delete that many of them."""
+    def remember_purge(self, table: str, horizon: uuid.UUID, milliseconds: int) -> str:
+        """Put this time into the row ``horizon``, if it has no later one."""
+
+    def delete_some(
+        self, connection: Connection, table: str, after: uuid.UUID, before: uuid.UUID, batch: int
+    ) -> int:
+        """Delete that many of the keys between the two; how many there were."""
 
     def is_still_open(self, error: BaseException) -> bool:
         """Whether a ``claim`` has failed because the transaction in question is still open."""
@@ -93,69 +108,11 @@ class _Language(Protocol):
         """Whether a statement has failed because there is no table."""
 
 
-class _PostgreSQL:
-    def install(self, table: TokenTable, dialect: Dialect) -> list[str]:
-        # IF NOT EXISTS alone is not safe against another that creates it in this moment.
-        return ["SELECT pg_advisory_xact_lock(7283473652)", table.ddl(dialect)]
-
-    def write(self, table: str, key: uuid.UUID) -> str:
-        # One statement, and the cheapest that takes the lock before it writes.
-        lock = f"CASE WHEN pg_advisory_xact_lock({lock_number(key)}) IS NULL THEN 0 ELSE 0 END"
-        return f"INSERT INTO {table} (id, n) VALUES (uuid '{key.hex}', {lock})"
-
-    def claim(self, connection: Connection, table: str, key: uuid.UUID, wait: float) -> bool:
-        say = connection.exec_driver_sql
-        before = say("SELECT current_setting('lock_timeout')").scalar_one()
-        say(f"SET LOCAL lock_timeout = {max(1, int(wait * 1000))}")
-        say(f"SELECT 1 FROM pg_advisory_xact_lock({lock_number(key)})")
-        n = say(
-            f"INSERT INTO {table} AS token (id) VALUES (uuid '{key.hex}') "
-            "ON CONFLICT (id) DO UPDATE SET n = token.n + 1 RETURNING n"
-        ).scalar_one()
-        # What follows may be the function, which knows nothing of our haste.
-        say(f"SET LOCAL lock_timeout = '{before}'")
-        return bool(n == 0)
-
-    def holder(self, connection: Connection, key: uuid.UUID) -> Holder | None:
-        number = lock_number(key) & (1 << 64) - 1
-        row = connection.exec_driver_sql(
-            "SELECT a.pid, a.state, a.wait_event FROM pg_locks l JOIN pg_stat_activity a USING (pid) "
-            f"WHERE l.locktype = 'advisory' AND l.classid = '{number >> 32}'::oid "
-            f"AND l.objid = '{number & 0xFFFFFFFF}'::oid AND l.objsubid = 1 AND l.granted "
-            "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
-            "AND a.pid <> pg_backend_pid() LIMIT 1"
-        ).one_or_none()
-        return None if row is None else Holder(row[0], row[1], row[2])
-
-    def terminate(self, connection: Connection, holder: Holder) -> None:
-        connection.exec_driver_sql(
-            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = {holder.pid} "
-            "AND usename = session_user AND xact_start IS NOT NULL "
-            "AND wait_event IS DISTINCT FROM 'SyncRep'"
-        )
-
-    def purge(self, table: str, before: uuid.UUID, batch: int) -> list[str]:
-        say_so = (
-            f"INSERT INTO {table} AS token (id, n) VALUES (uuid '{_HORIZON}', {before.int >> 80}) "
-            "ON CONFLICT (id) DO UPDATE SET n = greatest(token.n, excluded.n)"
-        )
-        delete = (
-            f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE id > uuid '{_HORIZON}' "
-            f"AND id < uuid '{before.hex}' ORDER BY id LIMIT {batch} FOR UPDATE SKIP LOCKED)"
-        )
-        return [say_so, delete]
-
-    def is_still_open(self, error: BaseException) -> bool:
-        return sqlstate_of(error) == "55P03"
-
-    def lacks_table(self, error: BaseException) -> bool:
-        return sqlstate_of(error) in {"42P01", "3F000"}
+_MYSQL: Final = MySQL()
+_LANGUAGES: Final[dict[str, Language]] = {"mysql": _MYSQL, "mariadb": _MYSQL, "postgresql": PostgreSQL()}
 
 
-_LANGUAGES: Final[dict[str, _Language]] = {"postgresql": _PostgreSQL()}
-
-
-def language_of(dialect: Dialect) -> _Language:
+def language_of(dialect: Dialect) -> Language:
     """``ConfigurationError`` for a server that this is not made for."""
     language = _LANGUAGES.get(dialect.name)
     if language is None:
@@ -187,7 +144,9 @@ class Claim:
         self._table = table
         self._key = key
         self._left = left
-        self._since = monotonic()
+        self.since = monotonic()
+        self.attempts = 0
+        """How many times it was asked."""
         self.waits = 0
         """How many times it was still open."""
 
@@ -199,12 +158,13 @@ class Claim:
         """
         dialect = connection.dialect
         language, left = language_of(dialect), self._left()
+        self.attempts += 1
         try:
-            if self.waits and (holder := language.holder(connection, self._key)) is not None:
-                waited = monotonic() - self._since
+            table = _quoted(self._table, dialect)
+            if self.waits and (holder := language.holder(connection, table, self._key)) is not None:
+                waited = monotonic() - self.since
                 if verdict_on(holder, waited, left) == "terminate":
                     language.terminate(connection, holder)
-            table = _quoted(self._table, dialect)
             return language.claim(connection, table, self._key, patience(self.waits, left))
         except exc.DBAPIError as error:
             if language.is_still_open(error):
@@ -226,20 +186,19 @@ def create(connection: Connection, table: TokenTable) -> None:
 
 def was_purged(connection: Connection, table: TokenTable, key: uuid.UUID) -> bool:
     """Whether a key that is not there may have been, before the last purge."""
+    dialect = connection.dialect
     horizon = connection.exec_driver_sql(
-        f"SELECT n FROM {_quoted(table, connection.dialect)} WHERE id = '{_HORIZON}'"
+        f"SELECT n FROM {_quoted(table, dialect)} WHERE id = {language_of(dialect).literal(_HORIZON)}"
     ).scalar()
     return horizon is not None and made_at(key) * 1000 < horizon
 
 
 def purge_some(connection: Connection, table: TokenTable, older_than: float, batch: int) -> int:
     """Delete some of the keys made longer ago than that; how many."""
-    dialect = connection.dialect
-    deleted = 0
+    language, name = language_of(connection.dialect), _quoted(table, connection.dialect)
     before = forget_before(wall(), older_than)
-    for statement in language_of(dialect).purge(_quoted(table, dialect), before, batch):
-        deleted = connection.exec_driver_sql(statement).rowcount
-    return deleted
+    connection.exec_driver_sql(language.remember_purge(name, _HORIZON, before.int >> 80))
+    return language.delete_some(connection, name, _HORIZON, before, batch)
 
 
 def _quoted(table: TokenTable, dialect: Dialect) -> str:

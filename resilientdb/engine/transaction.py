@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from resilientdb.engine.cluster import Cluster
-    from resilientdb.engine.outcome import CommitOutcome
+    from resilientdb.stats import CommitOutcome
 
 __all__ = [
     "IsolationLevel",

@@ -59,6 +59,7 @@ __all__ = [
     "from_driver",
     "is_overload",
     "links_of",
+    "number_of",
     "sqlstate_of",
 ]
 
@@ -182,6 +183,11 @@ def links_of(error: BaseException) -> Iterator[BaseException]:
 def sqlstate_of(error: BaseException) -> str | None:
     """The SQLSTATE of the outermost link that has one, through SQLAlchemy's wrappers; None without."""
     return next(filter(None, map(_sqlstate, _links(error))), None)
+
+
+def number_of(error: BaseException) -> int | None:
+    """MySQL's error number, of the outermost link that has one, through SQLAlchemy's wrappers; None without."""
+    return next(filter(None, map(_number, _links(error))), None)
 
 
 def describe(error: BaseException) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -17,6 +20,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 
 import resilientdb as rdb
 from resilientdb.engine import outcome as outcome_module
+from resilientdb.events import CommitInDoubt, CommitSettled, Event
 from resilientdb.testing import faults
 
 if TYPE_CHECKING:
@@ -333,9 +337,14 @@ def test_at_the_end_of_the_time_the_key_is_handed_over(
     postgres.reload()
     try:
         body = subject.entry(202, lambda: wait_for_setting(postgres))
+        seen: list[Event] = []
+        rdb.control(subject.engine).on_event(seen.append)
         with rdb.deadline(1.5), pytest.raises(rdb.CommitOutcomeUnknown) as caught:
             subject.transact(body)
         assert subject.runs == 1
+        settled = seen[-1]
+        assert isinstance(settled, CommitSettled)
+        assert (settled.outcome, settled.key) == ("unknown", caught.value.key)
         key = caught.value.key
         assert isinstance(key, uuid.UUID)
         assert str(key) in str(caught.value)
@@ -398,6 +407,23 @@ def test_an_error_of_the_function_when_it_runs_again_is_its_own(
     assert subject.count(220) == 0
 
 
+def test_a_doubt_that_nobody_can_settle_is_seen_too(
+    make: Callable[..., Subject], resilientdb_proxy: Proxy, fault: contextlib.ExitStack
+) -> None:
+    subject = make()
+    control = rdb.control(subject.engine)
+    seen: list[Event] = []
+    control.on_event(seen.append)
+    with subject.engine.connect() as connection:
+        connection.execute(INSERT, {"k": 221})
+        fault.enter_context(faults.reply_lost(resilientdb_proxy))
+        with pytest.raises(rdb.CommitOutcomeUnknown):
+            connection.commit()
+    assert [type(one) for one in seen] == [CommitInDoubt]
+    snapshot = control.snapshot()
+    assert (snapshot.commits_in_doubt, snapshot.commits_settled) == (1, {})
+
+
 def test_anothers_commit_in_doubt_is_not_ours(make: Callable[..., Subject]) -> None:
     subject = make()
     runs: list[int] = []
@@ -437,6 +463,51 @@ def test_a_cancelled_commit_is_left_to_the_server(make: Callable[..., Subject], 
     assert subject.count(230) == 1
 
 
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import psycopg, sqlalchemy as sa
+import resilientdb as rdb
+
+url, plain = sys.argv[1:]
+
+def interrupt():
+    with psycopg.connect(plain, autocommit=True) as watcher:
+        while not watcher.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'").fetchone():
+            time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    rdb.run_transaction(
+        rdb.create_engine(url), lambda c: c.execute(sa.text("INSERT INTO entry VALUES (231)")), exactly_once=True
+    )
+except KeyboardInterrupt as error:
+    print(*error.__notes__)
+else:
+    print("COMMIT came back")
+"""
+
+
+def test_ctrl_c_does_not_cancel_a_commit(make: Callable[..., Subject]) -> None:
+    """psycopg would cancel it: committed without its standby, and visible."""
+    subject = make()
+    postgres = subject.postgres
+    postgres.query("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    postgres.reload()
+    try:
+        wait_for_setting(postgres)
+        arguments = [sys.executable, "-c", INTERRUPTED, postgres.url("psycopg"), postgres.url("")]
+        ended = subprocess.run(arguments, capture_output=True, text=True, timeout=30, check=True)
+        assert "COMMIT was sent and its reply was not awaited" in ended.stdout
+        assert subject.count(231) == 0, "it still waits, and nobody has seen it"
+    finally:
+        postgres.query("ALTER SYSTEM RESET synchronous_standby_names")
+        postgres.reload()
+    key = uuid.UUID(ended.stdout.split("UUID('")[1].split("'")[0])
+    assert subject.resolve(key) == "committed"
+    assert subject.count(231) == 1
+
+
 def test_asyncpgs_own_timeout_does_not_cancel_a_commit(make: Callable[..., Subject]) -> None:
     subject = make("asyncpg", connect_args={"command_timeout": 0.3})
     runs: list[int] = []
@@ -452,6 +523,31 @@ def test_asyncpgs_own_timeout_does_not_cancel_a_commit(make: Callable[..., Subje
     assert subject.count(240) == 1, "the server was left to finish it"
     subject.transact(nap)
     assert (len(runs), subject.count(240)) == (2, 2)
+
+
+def test_a_doubt_and_its_end_are_seen(
+    make: Callable[..., Subject], resilientdb_proxy: Proxy, fault: contextlib.ExitStack
+) -> None:
+    for number, lose, outcome in (
+        (180, faults.reply_lost, "committed"),
+        (181, faults.commit_lost, "aborted"),
+    ):
+        subject = make()
+        seen: list[Event] = []
+        control = rdb.control(subject.engine)
+        control.on_event(seen.append)
+        break_line = functools.partial(lambda lose: fault.enter_context(lose(resilientdb_proxy)), lose)
+        subject.transact(subject.entry(number, break_line))
+        fault.close()
+        doubt, settled = seen
+        assert isinstance(doubt, CommitInDoubt)
+        assert doubt.node == control.snapshot().nodes[0].name
+        assert doubt.error
+        assert isinstance(settled, CommitSettled)
+        assert (settled.outcome, settled.attempts >= 1, settled.seconds > 0) == (outcome, True, True)
+        assert subject.resolve(settled.key) == "committed", "by now, in any case"
+        snapshot = control.snapshot()
+        assert (snapshot.commits_in_doubt, snapshot.commits_settled) == (1, {outcome: 1})
 
 
 # -- asking later ---------------------------------------------------------------------------------------------------
