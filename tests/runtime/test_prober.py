@@ -13,7 +13,7 @@ from sqlalchemy.dialects import postgresql
 
 from resilientdb import BreakerPolicy, Resilience
 from resilientdb.engine.cluster import Cluster
-from resilientdb.runtime.prober import Prober
+from resilientdb.runtime.prober import Prober, pause_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,6 +111,12 @@ def test_it_asks_at_once_when_hurried(make: Callable[[float], Prober], probes: l
     assert not probe.examined.acquire(timeout=0.02)
     prober.hurry()
     assert probe.examined.acquire(timeout=10)
+
+
+def test_a_node_that_refuses_is_asked_again_soon_and_never_as_late_as_one_that_is_well() -> None:
+    assert [pause_after(refusals, 0.25) for refusals in range(5)] == [0.02, 0.04, 0.08, 0.15, 0.15]
+    assert pause_after(0, 0.01) == pytest.approx(0.006)
+    assert pause_after(1_000_000, 30.0) == pytest.approx(18.0)
 
 
 def test_stopping_closes_its_connection_and_ends_the_thread(
