@@ -16,6 +16,8 @@ from resilientdb.runtime.shared_breakers import shared_breaker
 from resilientdb.stats import NodeStats
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from resilientdb.config import BreakerPolicy
     from resilientdb.engine.cluster import Cluster
     from resilientdb.engine.connector import Connector
@@ -108,6 +110,10 @@ class Node:
         if self._prober is not None:
             self._prober.stop(timeout=0.5)
 
+    def send(self, errand: Callable[[Any], None]) -> bool:
+        """Have ``errand`` called soon with the prober's connection, in its thread; False if there is no prober."""
+        return self._prober is not None and self._prober.send(errand)
+
     def suspect(self) -> None:
         """A caller has seen something that the prober should look at now."""
         if self._prober is not None:
@@ -119,6 +125,9 @@ class Node:
         if old != role:
             if old != "unknown":
                 self.cluster.emit(RoleChanged(node=self.name, old=old, new=role))
+            self.cluster.role_changed(self, old)
+        elif role == "primary" and self.cluster.primary is None:
+            # Its time as a replica was too short, or the line too bad, for anybody to have seen it.
             self.cluster.role_changed(self, old)
 
     def after_fork(self) -> None:

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING, Protocol
+from collections import deque
+from typing import TYPE_CHECKING, Any, Protocol
 
 from resilientdb.runtime.clock import Clock, monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Probe", "Prober"]
+__all__ = ["Probe", "Prober", "pause_after"]
 
 logger = logging.getLogger("resilientdb")
 
 _FIRST_PAUSE = 0.02
-"""Seconds before a node that failed at once is asked again, doubled up to the interval: a cut of a few
-milliseconds must not become an outage of an interval's length."""
+"""Seconds before a node that failed at once is asked again, doubled each time: a cut of a few milliseconds must not
+become an outage of an interval's length."""
+_LONGEST_SHARE = 0.6
+"""Of the interval, the longest such pause. To be refused costs hardly anything; and what an interval promises, that
+somebody is served so soon after the node is back, still needs a caller to come and a connection to be opened."""
 
 
 class Probe(Protocol):
@@ -34,6 +38,9 @@ class Probe(Protocol):
 
     def examine(self) -> bool:
         """Ask once, within a bounded time, and tell the node what was seen. False: nobody needs it now."""
+
+    def run(self, errand: Callable[[Any], None]) -> None:
+        """Call ``errand`` with the probe's connection, within a bounded time."""
 
     def close(self) -> None:
         """Give up the probe's connection; the next ``examine`` opens another."""
@@ -52,6 +59,7 @@ class Prober:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        self._errands: deque[Callable[[Any], None]] = deque()
 
     @property
     def running(self) -> bool:
@@ -72,6 +80,15 @@ class Prober:
         """Examine now: a caller has seen something."""
         self._wake.set()
 
+    def send(self, errand: Callable[[Any], None]) -> bool:
+        """Have ``errand`` called with the probe's connection, in its thread, as soon as that has time; False: it does
+        not run. An errand that nobody comes for is forgotten."""
+        if self._thread is None:
+            return False
+        self._errands.append(errand)
+        self._wake.set()
+        return True
+
     def stop(self, timeout: float | None = None) -> None:
         """Ask the thread to end; its connection is closed by it. Waits up to ``timeout`` seconds, if given."""
         with self._lock:
@@ -85,14 +102,23 @@ class Prober:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._thread = None
+        self._errands.clear()
+
+    def _run_errands(self, probe: Probe) -> None:
+        while self._errands:
+            try:
+                probe.run(self._errands.popleft())
+            except Exception:  # noqa: BLE001 - its sender's; but the connection may have been lost with it
+                probe.close()
 
     def _run(self, wake: threading.Event) -> None:
         me = threading.current_thread()
         probe = self._make_probe()
-        pause = _FIRST_PAUSE
+        refusals = 0
         try:
             while self._thread is me:
                 wake.clear()
+                self._run_errands(probe)
                 began = self._clock()
                 try:
                     if not probe.examine():
@@ -102,11 +128,16 @@ class Prober:
                     probe.close()
                 interval = self._interval
                 if probe.failed_at_once:
-                    interval = min(pause, interval)
-                    pause = min(2 * pause, self._interval)
+                    interval = pause_after(refusals, interval)
+                    refusals += 1
                 else:
-                    pause = _FIRST_PAUSE
+                    refusals = 0
                 if self._thread is me:
                     wake.wait(max(0.0, interval - (self._clock() - began)))
         finally:
             probe.close()
+
+
+def pause_after(refusals: int, interval: float) -> float:
+    """Seconds from one examination to the next of a node that has failed at once so many times before this one."""
+    return min(_FIRST_PAUSE * float(2 ** min(refusals, 16)), _LONGEST_SHARE * interval)
