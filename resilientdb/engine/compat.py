@@ -15,7 +15,7 @@ from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Coroutine, Iterator
 
     from sqlalchemy.engine.interfaces import Dialect
 
@@ -29,6 +29,7 @@ __all__ = [
     "record_of_connection",
     "running_loop",
     "task_in",
+    "undisturbed",
 ]
 
 ConnectionRecord = _ConnectionRecord
@@ -41,6 +42,16 @@ task_in: Any = asyncio.current_task if sys.version_info >= (3, 12) else asyncio.
 
 checkout = _ConnectionFairy._checkout  # noqa: SLF001
 """All that ``Pool.connect`` does."""
+
+
+async def undisturbed(work: Coroutine[Any, Any, Any]) -> None:
+    """Await ``work``, which ends soon, to its end. For a task that is about to pass a cancellation on: others that
+    arrive meanwhile (anyio repeats its own at every turn) are the same to it."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait((task,))
+    task.result()
 
 
 @contextlib.contextmanager

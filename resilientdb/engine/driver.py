@@ -11,7 +11,7 @@ import math
 import os
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KEEPALIVE_COUNT",
+    "Cancel",
     "Driver",
     "TransactionStatus",
     "keepalive_seconds",
@@ -31,6 +32,10 @@ __all__ = [
 TransactionStatus = Literal["idle", "open", "failed", "undecided"]
 """``failed``: the server will answer ROLLBACK to a COMMIT. ``undecided``: in a transaction, and the driver
 does not say whether it has failed."""
+
+Cancel: TypeAlias = "Callable[[float, Callable[[Callable[[Any], None]], None]], None]"
+"""Has the server cancel a statement: called with the time by which it must be over, and with what does some work on
+another connection to the same node. Raises when the server may not have heard."""
 
 KEEPALIVE_COUNT: Final = 3
 """Unanswered keepalives before the connection is given up: one may be lost, two in a row hardly."""
@@ -142,6 +147,36 @@ class Driver:
     def is_stale_plan(self, error: BaseException) -> bool:
         """Whether a statement failed because of what the driver has prepared on the connection, not for itself."""
         _ = error
+        return False
+
+    def is_busy(self, dbapi_connection: object) -> bool:
+        """Whether the driver may wait for an answer just now. Also called from other threads than its own."""
+        _ = dbapi_connection
+        return True
+
+    def commits_alone(self, dbapi_connection: object) -> bool:
+        """Whether the statement that is under way may commit by itself. Called from other threads."""
+        _ = dbapi_connection
+        return True
+
+    def cancel(self, dbapi_connection: object) -> Cancel | None:
+        """What has the server cancel the statement that is under way; None where there is no way to. Called from
+        other threads, and only during a statement."""
+        _ = dbapi_connection
+        return None
+
+    def was_cancelled(self, error: BaseException) -> bool:
+        """Whether the server says that it has cancelled the statement, and nothing else of it."""
+        _ = error
+        return False
+
+    cancels_silently = False
+    """Whether a statement that is cancelled may look as if it had ended by itself, with whatever result."""
+
+    def settle(self, dbapi_connection: object, seconds: float) -> bool:
+        """After a task was cancelled during a statement: wait until the driver's own cancel has come to its end.
+        Whether the connection is as before the statement, or its transaction is, which then has failed."""
+        _ = dbapi_connection, seconds
         return False
 
     def read_role(self, row: Sequence[Any]) -> Literal["primary", "replica"]:

@@ -18,11 +18,14 @@ import math
 import os
 import re
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from resilientdb.engine.compat import await_only
+from resilientdb.engine import hasty, libpq
+from resilientdb.engine.compat import await_only, undisturbed
 from resilientdb.engine.driver import (
     KEEPALIVE_COUNT,
+    Cancel,
     Driver,
     TransactionStatus,
     keepalive_seconds,
@@ -31,6 +34,7 @@ from resilientdb.engine.driver import (
     valid_fd,
 )
 from resilientdb.engine.drivers_mysql import MYSQL_DRIVERS
+from resilientdb.runtime import cancel_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -80,6 +84,17 @@ class _Libpq(Driver):
             return _LIBPQ_STATUS.get(int(connection.info.transaction_status))
         except Exception:  # noqa: BLE001 - a closed connection raises the driver's own errors
             return None
+
+    def is_busy(self, dbapi_connection: object) -> bool:
+        # 1 is ACTIVE: sent, and not answered.
+        return self.transaction_status(dbapi_connection) in {None, "undecided"}
+
+    def commits_alone(self, dbapi_connection: object) -> bool:
+        connection: Any = own_connection(dbapi_connection)
+        return bool(connection.autocommit)
+
+    def was_cancelled(self, error: BaseException) -> bool:
+        return _sqlstate(error) == _QUERY_CANCELED
 
 
 class _Psycopg(_Libpq):
@@ -152,6 +167,14 @@ class _Psycopg(_Libpq):
         connection: Any = dbapi_connection
         return _declared_read_only(lambda name: connection.info.parameter_status(name))  # noqa: PLW0108
 
+    def cancel(self, dbapi_connection: object) -> Cancel | None:
+        connection: Any = own_connection(dbapi_connection)
+        try:
+            request = connection.pgconn.cancel_conn()
+        except Exception:  # noqa: BLE001 - before libpq 17 it holds the interpreter's lock while it waits
+            return None
+        return partial(cancel_request.drive, request)
+
     def is_stale_plan(self, error: BaseException) -> bool:
         # It prepares what it has sent five times, and forgets that with a ROLLBACK only. Meanwhile a table may have
         # been altered ("cached plan must not change result type"), the session been reset, or another session been
@@ -175,6 +198,15 @@ class _PsycopgAsync(_Psycopg):
     """The same behind SQLAlchemy's adapter."""
 
     __slots__ = ()
+
+    def socket_defaults(self, lifecycle: Lifecycle, given: Mapping[str, Any]) -> dict[str, Any]:
+        added = super().socket_defaults(lifecycle, given)
+        connect = hasty.connect()
+        return added if connect is None else {"async_creator_fn": connect, **added}
+
+    def settle(self, dbapi_connection: object, seconds: float) -> bool:
+        _ = seconds  # it has been waited for: see hasty
+        return self.transaction_status(dbapi_connection) in {"idle", "open", "failed"}
 
     def has_declared_read_only(self, dbapi_connection: object) -> bool:
         return super().has_declared_read_only(own_connection(dbapi_connection))
@@ -236,6 +268,11 @@ class _Psycopg2(_Libpq):
             and connection.readonly is None
             and connection.deferrable is None
         )
+
+    def cancel(self, dbapi_connection: object) -> Cancel | None:
+        connection: Any = own_connection(dbapi_connection)
+        request = libpq.cancel_connection("psycopg2._psycopg", connection.pgconn_ptr)
+        return None if request is None else partial(cancel_request.drive, request)
 
     def withhold_begin(self, dbapi_connection: object) -> None:
         connection: Any = dbapi_connection
@@ -312,6 +349,35 @@ class _Asyncpg(Driver):
         adapter: Any = dbapi_connection
         adapter.autocommit = False
 
+    def commits_alone(self, dbapi_connection: object) -> bool:
+        adapter: Any = dbapi_connection
+        return bool(adapter.isolation_level == "autocommit")
+
+    def cancel(self, dbapi_connection: object) -> Cancel | None:
+        connection: Any = own_connection(dbapi_connection)
+        protocol, transport, parameters = connection._protocol, connection._transport, connection._params  # noqa: SLF001
+        address, secure = connection._addr, None  # noqa: SLF001
+        if transport.get_extra_info("ssl_object") is not None:
+            context, host = parameters.ssl, None if isinstance(address, str) else address[0]
+            secure = partial(cancel_request.ask_for_tls, context, host)
+            if getattr(parameters, "direct_tls", False):
+                secure = partial(context.wrap_socket, server_hostname=host)
+        if not isinstance(address, str):
+            address = transport.get_extra_info("peername")  # the very server, and no name to be resolved
+        session = protocol.backend_pid, protocol.backend_secret
+        return partial(cancel_request.send_cancel, address, secure, session)
+
+    def was_cancelled(self, error: BaseException) -> bool:
+        return _sqlstate(error) == _QUERY_CANCELED
+
+    def settle(self, dbapi_connection: object, seconds: float) -> bool:
+        connection: Any = own_connection(dbapi_connection)
+        try:
+            await_only(undisturbed(_wait_for_cancel(connection, seconds)))
+            return not connection.is_closed()
+        except Exception:  # noqa: BLE001
+            return False
+
     def answer_to_commit(self, dbapi_connection: object) -> Callable[[], str | None] | None:
         adapter: Any = dbapi_connection
         transaction = getattr(adapter, "_transaction", None)
@@ -346,6 +412,17 @@ class _Asyncpg(Driver):
             return "undecided" if connection.is_in_transaction() else "idle"
         except Exception:  # noqa: BLE001
             return None
+
+
+async def _wait_for_cancel(connection: Any, seconds: float) -> None:
+    """Wait until asyncpg has had its cancel sent and answered; end the connection if that takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            # Private; what each of its statements begins with.
+            await connection._protocol._wait_for_cancellation()  # noqa: SLF001
+    except BaseException:
+        connection.terminate()
+        raise
 
 
 class _Between:
@@ -418,6 +495,7 @@ _LIBPQ_STATUS: Final[dict[int, TransactionStatus]] = {0: "idle", 1: "undecided",
 """1 is ACTIVE: a command is running; 4, UNKNOWN, is a connection that is gone."""
 
 _LIBPQ_FAILED: Final = 3
+_QUERY_CANCELED: Final = "57014"
 _FOR_EVER: Final = 1e6
 """Seconds; asyncpg takes None for what is configured."""
 
@@ -462,6 +540,10 @@ def _declared_read_only(setting: Callable[[str], str | None]) -> bool:
         return all(setting(name) == "off" for name in ("in_hot_standby", "default_transaction_read_only"))
     except Exception:  # noqa: BLE001 - an older server, or a connection that is gone
         return False
+
+
+def _sqlstate(error: BaseException) -> str | None:
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
 
 
 @functools.cache

@@ -8,10 +8,16 @@ not set for statements: no number is right for all of them, and a deadline ends 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
+import os
+import socket
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from resilientdb.engine import cancelling
 from resilientdb.engine.driver import (
+    Cancel,
     Driver,
     TransactionStatus,
     own_connection,
@@ -33,6 +39,7 @@ _IN_READ_ONLY_TRANSACTION: Final = 0x2000
 """Of the server's status, as told with each reply."""
 
 _CANNOT_CONNECT: Final = 2003
+_INTERRUPTED: Final = 1317
 
 _ROLLED_BACK: Final = frozenset({1020, 1206, 1213})
 """Changed since it was read (in MariaDB, with ``innodb_snapshot_isolation``), no room for locks, deadlock."""
@@ -50,7 +57,12 @@ class _MySQL(Driver):
         return {"connect_timeout": seconds}
 
     def after_connect(self, dbapi_connection: object, lifecycle: Lifecycle) -> None:
-        set_socket_options(self.socket_fd(dbapi_connection), lifecycle)
+        fd = self.socket_fd(dbapi_connection)
+        set_socket_options(fd, lifecycle)
+        if fd is not None:
+            with contextlib.suppress(Exception):  # a connection that takes no attributes
+                connection: Any = own_connection(dbapi_connection)
+                connection.resilientdb_port = _own_port(fd)
 
     def transaction_status(self, dbapi_connection: object) -> TransactionStatus | None:
         status = _status(dbapi_connection)
@@ -67,6 +79,22 @@ class _MySQL(Driver):
 
     def has_declared_read_only(self, dbapi_connection: object) -> bool:
         return bool((_status(dbapi_connection) or 0) & _IN_READ_ONLY_TRANSACTION)
+
+    cancels_silently = True  # SLEEP() and BENCHMARK() return what they like, and DO nothing at all
+
+    def commits_alone(self, dbapi_connection: object) -> bool:
+        status = _status(dbapi_connection)
+        return status is None or (bool(status & _AUTOCOMMIT) and not status & _IN_TRANSACTION)
+
+    def cancel(self, dbapi_connection: object) -> Cancel | None:
+        connection: Any = own_connection(dbapi_connection)
+        try:
+            return partial(cancelling.kill_query, int(connection.thread_id()), connection.resilientdb_port)
+        except Exception:  # noqa: BLE001 - not connected by the library, or a connection that takes no attributes
+            return None
+
+    def was_cancelled(self, error: BaseException) -> bool:
+        return bool(error.args) and error.args[0] == _INTERRUPTED
 
     def rolls_back(self, error: BaseException) -> bool | None:
         number = number_of(error)
@@ -121,6 +149,9 @@ class _AsyncMySQL(_MySQL):
     """On an asyncio transport, which is the protocol's own or a stream's."""
 
     __slots__ = ()
+    leaves_it_running = (
+        True  # and the connection is lost: it is closed, or the reply would be taken for the next one
+    )
 
     def socket_defaults(self, lifecycle: Lifecycle, given: Mapping[str, Any]) -> dict[str, Any]:
         added: dict[str, Any] = {"async_creator_fn": _CREATORS[self.name]}
@@ -169,6 +200,14 @@ async def _open(
     except BaseException:
         connection.close()
         raise
+
+
+def _own_port(fd: int) -> int | None:
+    """Of a TCP connection, as its server sees it if nothing is in between."""
+    with socket.socket(fileno=os.dup(fd)) as duplicate:
+        if duplicate.family not in {socket.AF_INET, socket.AF_INET6}:
+            return None
+        return int(duplicate.getsockname()[1])
 
 
 def _status(dbapi_connection: object) -> int | None:

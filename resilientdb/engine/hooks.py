@@ -15,6 +15,7 @@ from resilientdb.engine import reading, statements
 from resilientdb.engine.commit import without_cancelling
 from resilientdb.engine.compat import record_of, record_of_connection
 from resilientdb.engine.drivers import Driver
+from resilientdb.engine.holding import Holding, was_cancelled
 from resilientdb.engine.retrying import happened_at, remember_beginning
 from resilientdb.engine.rollbacks import Rollbacks
 from resilientdb.errors import (
@@ -24,9 +25,7 @@ from resilientdb.errors import (
     TransactionAborted,
 )
 from resilientdb.policy.faults import Fault, Phase, blame_the_application, classify, describe, evidence
-from resilientdb.runtime.clock import monotonic
-from resilientdb.runtime.context import Deadline, current_deadline, is_read_only
-from resilientdb.runtime.watchdog import Watch, watchdog
+from resilientdb.runtime.context import current_deadline, is_read_only
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -34,28 +33,26 @@ if TYPE_CHECKING:
 
     from resilientdb.engine.cluster import Cluster
     from resilientdb.engine.node import Node
+    from resilientdb.runtime.watchdog import Watch
 
 __all__ = ["WITH_BEGIN", "install"]
 
 WITH_BEGIN: Any = {"no_parameters": True, "resilientdb_with_begin": True}
 """The execution options of a statement without parameters that may go in one message with its BEGIN."""
 
-_ROLLBACK_GRACE = 0.1
-"""Seconds a ROLLBACK may take when the deadline has passed already: it is sent to a connection that answered
-just now, and saves that connection."""
-
 
 def install(engine: Engine, cluster: Cluster) -> None:
     """Attach the library to a finished engine, once."""
     hooks = _Hooks(engine, cluster)
     reading.attach(engine, cluster.driver)
-    statements.attach(engine, cluster, hooks.before_statement)
+    statements.attach(engine, cluster, hooks.holding.execute)
 
 
 class _Hooks:
     def __init__(self, engine: Engine, cluster: Cluster) -> None:
         self._cluster = cluster
         dialect = engine.dialect
+        self.holding = Holding(cluster, is_async=dialect.is_async)
         event.listen(engine, "handle_error", self._on_error)
         self._is_idle = cluster.driver.is_idle
         self._is_known = type(cluster.driver) is not Driver
@@ -74,10 +71,6 @@ class _Hooks:
         dialect.do_rollback = self._do_rollback  # type: ignore[method-assign, assignment]
 
     # -- before ----------------------------------------------------------------------------------------------
-
-    def before_statement(self, deadline: Deadline, record: Any) -> None:
-        """A statement is about to be sent with a deadline in force."""
-        self._hold_to(deadline, record, "a statement was sent")
 
     def _do_execute_no_params(self, cursor: Any, statement: Any, context: Any = None) -> None:
         if context is not None and context.execution_options.get("resilientdb_with_begin"):
@@ -98,7 +91,7 @@ class _Hooks:
             raise _aborted(record)
         deadline = current_deadline()
         if deadline is not None:
-            self._hold_to(deadline, record, "COMMIT was sent; nothing is committed")
+            self.holding.hold_commit(deadline, record)
         if self._rollbacks is not None and not only_reads:
             aborted = self._rollbacks.before_commit(record)
             if aborted is not None:
@@ -108,7 +101,7 @@ class _Hooks:
         answer = self._answer_to_commit(raw)
         try:
             if self._in_tasks and record is not None:
-                without_cancelling(self._commit, connection, lambda: self._cut(record))
+                without_cancelling(self._commit, connection, lambda: self.holding.cut(record))
             else:
                 self._commit_by_driver(raw, self._commit, connection)
         except BaseException as error:
@@ -118,15 +111,6 @@ class _Hooks:
         if answer is not None and not only_reads and answer() == "ROLLBACK":
             raise _aborted(record)
 
-    def _cut(self, record: Any) -> None:
-        """Cut the connection now; whoever waits for it finds it lost."""
-        watch = self._watch_of(record)
-        if watch is None:
-            return
-        watch.still_wanted = None
-        watch.at = now = monotonic()
-        watch.fire(now)
-
     def _do_rollback(self, connection: Any) -> None:
         raw = getattr(connection, "dbapi_connection", connection)
         if is_read_only() and self._is_idle(raw):
@@ -135,67 +119,39 @@ class _Hooks:
             self._rollbacks.forget(record_of(connection))
         deadline = current_deadline()
         if deadline is not None and (record := record_of(connection)) is not None:
-            self._appoint(record, deadline, max(deadline.expires_at, monotonic() + _ROLLBACK_GRACE))
+            self.holding.hold_rollback(deadline, record)
         # SQLAlchemy's proxy looks for a method twice before it asks the driver's connection. But a dialect of which
         # nothing is known may count on the proxy, and a program may have put a method of its own there.
         if raw is not connection and self._is_known and "rollback" not in getattr(connection, "__dict__", ()):
             connection = raw
         self._rollback(connection)
 
-    def _hold_to(self, deadline: Deadline, record: Any, before: str) -> None:
-        """Have the watchdog end at the deadline what is about to be sent; refuse to send it after."""
-        if deadline.remaining() <= 0:
-            raise DeadlineExceeded(f"the deadline of {deadline.seconds:g} s ended before {before}")
-        if record is not None:
-            self._appoint(record, deadline, deadline.expires_at)
-
-    def _appoint(self, record: Any, deadline: Deadline, at: float) -> None:
-        watch = self._watch_of(record)
-        if watch is None or watch.at == at:
-            return
-        watch.still_wanted = deadline.is_in_force
-        watchdog.appoint(watch, at)
-
-    def _watch_of(self, record: Any) -> Watch | None:
-        """The record's appointment with the watchdog, made if it has none; None: there is no socket to be cut."""
-        watch: Watch | None = getattr(record, "watch", None)
-        if watch is None:
-            fd = self._cluster.driver.socket_fd(record.dbapi_connection)
-            if fd is None:
-                return None
-            record.watch = watch = Watch(fd)
-            record.owes = True
-        return watch
-
     # -- after ------------------------------------------------------------------------------------------------
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
         error = context.original_exception
-        if isinstance(error, ResilienceError) or context.is_pre_ping:
-            return None
-        record = record_of_connection(context.connection)
+        record = None if context.is_pre_ping else record_of_connection(context.connection)
         if record is None:
             return None  # a failed connect: the door settles it
-        phase = Phase.COMMIT if _was_commit(error) else Phase.STATEMENT
         watch: Watch | None = getattr(record, "watch", None)
         cut = watch is not None and watch.fired
         if cut:
             # Ours was the hand that broke this connection; the others are not to blame.
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
+        if isinstance(error, ResilienceError):
+            return None
+        phase = Phase.COMMIT if _was_commit(error) else Phase.STATEMENT
         if classify(error) is Fault.WRONG_ROLE and self._has_declared_read_only(context, record):
             blame_the_application(error)
-        self._settle(record, error, phase, cut=cut)
+        late = cut or was_cancelled(error)
+        self._settle(record, error, phase, cut=cut, late=late)
         fault = classify(error, phase)
         if phase is Phase.STATEMENT:
             record.failed_with = (describe(error), fault.retry_transaction)  # see _aborted
             if self._rollbacks is not None:
                 self._rollbacks.note(record, error)
-        if fault.evicts_connection and not context.is_disconnect and self._cluster.has_server:
-            # SQLAlchemy would keep it, and pre_ping would call it healthy for ever: it is, but it leads to the
-            # wrong node, or its session is beyond repair.
-            context.is_disconnect = True
-            context.invalidate_pool_on_disconnect = False
+        self._keep_or_evict(context, record, fault, phase)
         in_doubt = phase is Phase.COMMIT and (fault is Fault.IN_DOUBT or cut)
         if in_doubt:
             self._cluster.commit_in_doubt(self._node_of(record).name, error)
@@ -210,14 +166,27 @@ class _Hooks:
             return CommitOutcomeUnknown(
                 f"COMMIT was sent and its reply was lost ({describe(error)}): it may have been committed or not"
             )
-        if cut:
+        if late:
             deadline = current_deadline()
             return DeadlineExceeded(
                 f"the deadline{f' of {deadline.seconds:g} s' if deadline else ''} ended during a statement"
             )
         return None
 
-    def _settle(self, record: Any, error: BaseException, phase: Phase, *, cut: bool) -> None:
+    def _keep_or_evict(self, context: ExceptionContext, record: Any, fault: Fault, phase: Phase) -> None:
+        """Have SQLAlchemy keep the connection where it would give up a good one, and the other way round."""
+        error = context.original_exception
+        if phase is Phase.STATEMENT and self.holding.saved(
+            error, record, context.statement, context.execution_context
+        ):
+            context.is_disconnect = False
+        elif fault.evicts_connection and not context.is_disconnect and self._cluster.has_server:
+            # SQLAlchemy would keep it, and pre_ping would call it healthy for ever: it is, but it leads to the
+            # wrong node, or its session is beyond repair.
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+
+    def _settle(self, record: Any, error: BaseException, phase: Phase, *, cut: bool, late: bool) -> None:
         """Tell the breaker of the node what the failure shows, now rather than at the checkin."""
         node = self._node_of(record)
         happened_at(error, node.name)
@@ -226,13 +195,13 @@ class _Hooks:
         if cut or fault is Fault.WRONG_ROLE or fault.is_node_failure:
             node.suspect()
         permit = getattr(record, "permit", None)
-        if permit is None or (fault.is_healthy_reply and not cut):
+        if permit is None or (fault.is_healthy_reply and not late):
             return
         record.permit = None
         # A cut shows nothing about a node that is well: the deadline may have been too short. One call that was let
         # through to see whether the node answers has seen that it does not, and leaves it work that nobody waits for.
-        if permit.probe if cut else fault.is_node_failure:
-            node.breaker.record_failure(permit, error, no_answer=cut)
+        if permit.probe if late else fault.is_node_failure:
+            node.breaker.record_failure(permit, error, no_answer=late)
         else:
             node.breaker.release(permit)
 

@@ -16,6 +16,8 @@ from resilientdb.runtime.shared_breakers import shared_breaker
 from resilientdb.stats import NodeStats
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from resilientdb.config import BreakerPolicy
     from resilientdb.engine.cluster import Cluster
     from resilientdb.engine.connector import Connector
@@ -107,6 +109,10 @@ class Node:
         """The engine is disposed: close the prober's connection too (waits a moment for that)."""
         if self._prober is not None:
             self._prober.stop(timeout=0.5)
+
+    def send(self, errand: Callable[[Any], None]) -> bool:
+        """Have ``errand`` called soon with the prober's connection, in its thread; False if there is no prober."""
+        return self._prober is not None and self._prober.send(errand)
 
     def suspect(self) -> None:
         """A caller has seen something that the prober should look at now."""

@@ -85,6 +85,11 @@ class NodeProbe:
         node.breaker.prober_succeeded()
         return True
 
+    def run(self, errand: Callable[[Any], None]) -> None:
+        node = self._node()
+        if node is not None:
+            self._run(self._within_limit, node, errand)
+
     def close(self) -> None:
         self._discard()
         if self._runner is not None:
@@ -101,6 +106,10 @@ class NodeProbe:
         return now < self._used_until or not node.available
 
     def _ask(self, node: Node) -> Any:
+        return self._within_limit(node, self._ask_role)
+
+    def _within_limit(self, node: Node, work: Callable[[Any], Any]) -> Any:
+        """``work`` with the connection, opened if there is none."""
         fresh = self._connection is None
         if fresh:
             self._connection = node.open_raw(self._timeout)
@@ -113,12 +122,7 @@ class NodeProbe:
                 # One statement, one round trip, and no transaction left behind.
                 with contextlib.suppress(NotImplementedError):
                     node.cluster.dialect.set_isolation_level(self._connection, "AUTOCOMMIT")
-            cursor = self._connection.cursor()
-            try:
-                cursor.execute(self._driver.role_query)
-                row = cursor.fetchone()
-            finally:
-                cursor.close()
+            return work(self._connection)
         except Exception as error:
             if watch is not None and watch.end():
                 # What the driver saw is our own cut; what happened is silence.
@@ -127,7 +131,14 @@ class NodeProbe:
         finally:
             if watch is not None:
                 watch.end()
-        return self._driver.read_role(row)
+
+    def _ask_role(self, connection: Any) -> Any:
+        cursor = connection.cursor()
+        try:
+            cursor.execute(self._driver.role_query)
+            return self._driver.read_role(cursor.fetchone())
+        finally:
+            cursor.close()
 
     def _discard(self) -> None:
         """End the connection, without asking the server where that can be had; also once the node is forgotten."""

@@ -20,14 +20,13 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from resilientdb.engine.cluster import Cluster
-    from resilientdb.runtime.context import Deadline
 
 __all__ = ["attach"]
 
 
-def attach(engine: Engine, cluster: Cluster, hold: Callable[[Deadline, Any], None]) -> None:
-    """Put the library around the statements of a finished engine. ``hold(deadline, record)`` has what is about to be
-    sent end at the deadline, or refuses to send it.
+def attach(engine: Engine, cluster: Cluster, hold: Callable[..., None]) -> None:
+    """Put the library around the statements of a finished engine. ``hold(deadline, execute, *arguments)`` executes,
+    and sees to it that this ends at the deadline, or refuses to.
 
     Around all else that stands in front of the driver: a statement has been answered when the caller has its answer.
     One that fails has other ways to say so, and is not slow, whatever it took.
@@ -42,15 +41,16 @@ def attach(engine: Engine, cluster: Cluster, hold: Callable[[Deadline, Any], Non
 
 
 def _surrounded(
-    execute: Callable[..., None], cluster: Cluster, hold: Callable[[Deadline, Any], None]
+    execute: Callable[..., None], cluster: Cluster, hold: Callable[..., None]
 ) -> Callable[..., None]:
     # Whichever of the three it is, the execution context comes last.
     @functools.wraps(execute)
     def surrounded(*arguments: Any) -> None:
         deadline = current_deadline()
-        if deadline is not None:
-            hold(deadline, _record_of(arguments[-1]))
-        execute(*arguments)
+        if deadline is None:
+            execute(*arguments)
+        else:
+            hold(deadline, execute, *arguments)
         if cluster.is_curious:
             _was_answered(cluster, _record_of(arguments[-1]))
 

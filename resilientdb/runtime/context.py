@@ -52,6 +52,8 @@ class Deadline:
     """How long it was when it was set; for messages."""
     ended: bool = False
     """Whether the block it was set for has been left: it binds nothing any more."""
+    outer: Deadline | None = None
+    """The one it was set inside of, which goes on binding what outlives this one."""
 
     def is_in_force(self) -> bool:
         return not self.ended
@@ -84,13 +86,23 @@ _read_only: ContextVar[bool] = ContextVar("resilientdb_read_only", default=False
 _criticality: ContextVar[Criticality] = ContextVar("resilientdb_criticality", default="critical")
 _record: ContextVar[RequestRecord | None] = ContextVar("resilientdb_record", default=None)
 
-current_deadline = _deadline.get
-"""The innermost deadline in force, or None."""
 is_read_only = _read_only.get
 """Whether the caller has said that this work only reads."""
 current_criticality = _criticality.get
 current_record = _record.get
 """The record of the request in hand, or None outside one."""
+
+
+def current_deadline() -> Deadline | None:
+    """The innermost deadline in force, or None.
+
+    A task or thread that was started inside a block with a copy of its context still has the block's deadline when
+    the block has ended: then it has that of the block around it.
+    """
+    found = _deadline.get()
+    while found is not None and found.ended:
+        found = found.outer
+    return found
 
 
 class _Scope(Generic[V]):
@@ -170,20 +182,20 @@ class deadline(_Scope["Deadline | None"]):  # noqa: N801 - used as a verb: with 
         self._seconds = seconds
 
     def _value(self) -> Deadline | None:
-        outer = _deadline.get()
+        outer = current_deadline()
         if self._seconds is None:
             return outer
         expires_at = monotonic() + self._seconds
         if outer is not None and outer.expires_at <= expires_at:
             return outer
-        return Deadline(expires_at, self._seconds)
+        return Deadline(expires_at, self._seconds, outer=outer)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         mine = _deadline.get()
         super().__exit__(kind, error, trace)
-        if mine is not None and mine is not _deadline.get():
+        if mine is not None and mine is not current_deadline():
             mine.ended = True
 
     def _again(self) -> deadline:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING, Protocol
+from collections import deque
+from typing import TYPE_CHECKING, Any, Protocol
 
 from resilientdb.runtime.clock import Clock, monotonic
 
@@ -38,6 +39,9 @@ class Probe(Protocol):
     def examine(self) -> bool:
         """Ask once, within a bounded time, and tell the node what was seen. False: nobody needs it now."""
 
+    def run(self, errand: Callable[[Any], None]) -> None:
+        """Call ``errand`` with the probe's connection, within a bounded time."""
+
     def close(self) -> None:
         """Give up the probe's connection; the next ``examine`` opens another."""
 
@@ -55,6 +59,7 @@ class Prober:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        self._errands: deque[Callable[[Any], None]] = deque()
 
     @property
     def running(self) -> bool:
@@ -75,6 +80,15 @@ class Prober:
         """Examine now: a caller has seen something."""
         self._wake.set()
 
+    def send(self, errand: Callable[[Any], None]) -> bool:
+        """Have ``errand`` called with the probe's connection, in its thread, as soon as that has time; False: it does
+        not run. An errand that nobody comes for is forgotten."""
+        if self._thread is None:
+            return False
+        self._errands.append(errand)
+        self._wake.set()
+        return True
+
     def stop(self, timeout: float | None = None) -> None:
         """Ask the thread to end; its connection is closed by it. Waits up to ``timeout`` seconds, if given."""
         with self._lock:
@@ -88,6 +102,14 @@ class Prober:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._thread = None
+        self._errands.clear()
+
+    def _run_errands(self, probe: Probe) -> None:
+        while self._errands:
+            try:
+                probe.run(self._errands.popleft())
+            except Exception:  # noqa: BLE001 - its sender's; but the connection may have been lost with it
+                probe.close()
 
     def _run(self, wake: threading.Event) -> None:
         me = threading.current_thread()
@@ -96,6 +118,7 @@ class Prober:
         try:
             while self._thread is me:
                 wake.clear()
+                self._run_errands(probe)
                 began = self._clock()
                 try:
                     if not probe.examine():

@@ -162,7 +162,7 @@ def test_none_leaves_the_system_s_own(opener: Opener) -> None:
     with socket.socket() as untouched:
         idle = untouched.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
     assert (opened.options()["idle"], opened.options()["user_timeout"]) == (idle, 0)
-    assert opened.driver.socket_defaults(lifecycle, {}) == {}
+    assert opened.driver.socket_defaults(lifecycle, {}).keys() <= {"async_creator_fn"}
 
 
 @linux

@@ -271,8 +271,12 @@ def test_a_connect_that_outlives_its_caller_joins_the_pool(
         pool.gate = asyncio.Event()
         if fails:
             database.failures.append(ConnectionRefusedError("connection refused"))
-        with rdb.deadline(0.05 if end == "deadline" else 10):
-            task = asyncio.create_task(pool.take())
+
+        async def take() -> None:
+            with rdb.deadline(0.05 if end == "deadline" else 10):
+                await pool.take()
+
+        task = asyncio.create_task(take())
         for _ in range(8):
             await asyncio.sleep(0)
         if end == "cancelled":

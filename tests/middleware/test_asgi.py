@@ -415,15 +415,12 @@ def test_nothing_stays_behind_in_the_servers_context(engine_in: EngineIn, error:
 
 
 def test_the_deadline_ends_with_the_response_so_that_background_work_may_last(engine_in: EngineIn) -> None:
-    remaining: list[float] = []
-    in_force: list[bool] = []
+    remaining: list[float | None] = []
 
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
         def note() -> None:
             limit = current_deadline()
-            assert limit is not None
-            remaining.append(limit.remaining())
-            in_force.append(limit.is_in_force())
+            remaining.append(None if limit is None else limit.remaining())
 
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"x", "more_body": True})
@@ -432,9 +429,9 @@ def test_the_deadline_ends_with_the_response_so_that_background_work_may_last(en
         note()
 
     call(ResilienceMiddleware(app, engine=engine_in(), deadline=1.0))
+    assert remaining[0] is not None
     assert remaining[0] <= 1.0
-    assert remaining[1] > 3600
-    assert in_force == [True, False]
+    assert remaining[1] is None
 
 
 def test_an_outer_deadline_that_is_shorter_is_left_alone(engine_in: EngineIn) -> None:

@@ -270,20 +270,18 @@ def test_close_is_called_when_the_client_goes_away(engine_in: EngineIn) -> None:
 
 
 def test_cleaning_up_has_no_deadline(engine_in: EngineIn) -> None:
-    remaining: list[float] = []
+    limits: list[object] = []
 
     class Response(Closing):
         def close(self) -> None:
-            limit = current_deadline()
-            assert limit is not None
-            remaining.append(limit.remaining())
+            limits.append(current_deadline())
 
     def app(_environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         start_response(OK, list(PLAIN))
         return Response([b"x"])
 
     Reply(ResilienceMiddleware(app, engine=engine_in(), deadline=1.0))
-    assert remaining[0] > 3600
+    assert limits == [None]
 
 
 def test_the_response_is_neither_measured_nor_read_ahead(engine_in: EngineIn) -> None:

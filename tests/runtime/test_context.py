@@ -67,6 +67,34 @@ def test_a_deadline_ends_with_its_own_block_and_no_other() -> None:
     assert not outer.is_in_force()
 
 
+def test_what_outlives_a_block_has_the_deadline_of_the_block_around_it() -> None:
+    """A task or thread that was started inside, with a copy of its context."""
+    with deadline(10) as outer:
+        with deadline(5) as inner:
+            task = contextvars.copy_context()
+            assert task.run(current_deadline) is inner
+        assert task.run(current_deadline) is outer
+
+        def work() -> None:
+            with deadline(60) as own:
+                assert own is outer, "bound by what is in force, and by nothing else"
+            assert outer is not None
+            assert outer.is_in_force()
+            with deadline(1) as own:
+                assert own is current_deadline()
+
+        task.run(work)
+    assert task.run(current_deadline) is None
+
+    def later() -> None:
+        with deadline(60) as own:
+            assert own is not None
+            assert own.seconds == 60
+            assert current_deadline() is own
+
+    task.run(later)
+
+
 def test_it_ends_when_the_block_fails() -> None:
     with pytest.raises(KeyError), deadline(1) as one:
         raise KeyError

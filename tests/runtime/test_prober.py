@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy.dialects import postgresql
@@ -37,6 +37,9 @@ class Probe:
         if self.error is not None:
             raise self.error
         return self.is_needed
+
+    def run(self, errand: Callable[[Any], None]) -> None:
+        errand(self)
 
     def close(self) -> None:
         self.closed.release()
@@ -187,6 +190,26 @@ def test_stopping_from_its_own_thread_does_not_wait_for_itself() -> None:
     prober = Prober("db", 600.0, Suicidal)
     prober.start()
     assert stopped.wait(10)
+
+
+def test_an_errand_is_run_by_its_thread_and_does_not_end_it(
+    make: Callable[[float], Prober], probes: list[Probe]
+) -> None:
+    prober = make(600.0)
+    seen: list[tuple[Probe, threading.Thread]] = []
+    assert not prober.send(lambda probe: seen.append((probe, threading.current_thread()))), "it does not run"
+    prober.start()
+    until_examined(probes)
+    (probe,) = probes
+
+    def fail(probe: Probe) -> None:
+        seen.append((probe, threading.current_thread()))
+        raise ConnectionError("lost with the errand")
+
+    assert prober.send(fail)
+    assert probe.closed.acquire(timeout=10), "its connection is not to be used again"
+    assert seen == [(probe, probe.thread)]
+    assert probe.examined.acquire(timeout=10), "and it goes on"
 
 
 def test_after_a_fork_it_can_be_started(make: Callable[[float], Prober], probes: list[Probe]) -> None:

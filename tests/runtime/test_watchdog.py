@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from resilientdb.runtime.clock import monotonic
-from resilientdb.runtime.watchdog import Watch, Watchdog
+from resilientdb.runtime.watchdog import GRACE, Watch, Watchdog
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture
@@ -255,3 +255,153 @@ def test_in_a_child_it_has_no_appointments_and_a_thread_of_its_own(dog: Watchdog
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert_alive(pair)
     watch.end()
+
+
+# -- a statement that can be cancelled ------------------------------------------------------------------------------
+
+
+class Server:
+    """Is asked to cancel; hears of it when it is let to, if at all."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.hears = threading.Event()
+        self.until = 0.0
+        self.error: BaseException | None = None
+
+    def ask(self) -> Callable[[float], None]:
+        return self.cancel
+
+    def cancel(self, until: float) -> None:
+        self.until = until
+        self.asked.set()
+        assert self.hears.wait(10)
+        if self.error is not None:
+            raise self.error
+
+
+def test_a_statement_is_cancelled_before_it_is_cut(dog: Watchdog, pair: Pair) -> None:
+    watch, server = Watch(pair[0].fileno()), Server()
+    server.hears.set()
+    at = monotonic() + 0.05
+    dog.appoint(watch, at)
+    watch.begin(server.ask)
+    assert server.asked.wait(10)
+    assert monotonic() >= at
+    assert server.until <= monotonic() + GRACE
+    asking = watch.finished()
+    assert asking is not None
+    asking.result(10)
+    time.sleep(2 * GRACE)
+    assert_alive(pair)
+    assert watch.end() is False
+
+
+def test_cut_when_the_cancel_has_no_effect(dog: Watchdog, pair: Pair) -> None:
+    watch, server = Watch(pair[0].fileno()), Server()
+    server.hears.set()
+    began = monotonic()
+    watch.begin(server.ask)
+    dog.appoint(watch, began + 0.05)
+    assert pair[0].recv(1) == b"", "the end of the stream"
+    assert monotonic() >= began + 0.05 + GRACE / 2
+    assert server.asked.is_set()
+    assert watch.end() is True
+
+
+def test_cut_at_once_when_the_cancel_fails(pair: Pair) -> None:
+    watch, server = Watch(pair[0].fileno()), Server()
+    server.error = ConnectionRefusedError()
+    watch.begin(server.ask)
+    watch.at = 1.0
+    watch.fire(1.0)
+    server.hears.set()
+    assert pair[0].recv(1) == b""
+    asking = watch.finished()
+    assert asking is not None
+    asking.result(10)
+    assert watch.end() is True
+
+
+@pytest.mark.parametrize("answer", ["nothing", "an error"])
+def test_cut_at_once_when_there_is_nobody_to_ask(pair: Pair, answer: str) -> None:
+    def ask() -> None:
+        if answer == "an error":
+            raise OSError
+
+    watch = Watch(pair[0].fileno())
+    watch.begin(ask)
+    watch.at = 1.0
+    assert watch.fire(1.0) is None
+    assert watch.end() is True
+
+
+def test_given_back_while_a_cancel_is_under_way_it_is_cut(pair: Pair) -> None:
+    """Nobody knows whom it would hit."""
+    watch, server = Watch(pair[0].fileno()), Server()
+    watch.begin(server.ask)
+    watch.at = 1.0
+    assert watch.fire(1.0) == watch.until
+    assert server.asked.wait(10)
+    assert watch.end() is True
+    server.hears.set()
+    assert pair[0].recv(1) == b""
+
+
+def test_a_statement_that_ended_before_is_not_cancelled(dog: Watchdog, pair: Pair) -> None:
+    watch, server = Watch(pair[0].fileno(), is_busy=lambda: False), Server()
+    watch.begin(server.ask)
+    dog.appoint(watch, monotonic() + 0.02)
+    assert watch.finished() is None
+    time.sleep(0.06)
+    assert not server.asked.is_set()
+    assert watch.end() is False
+    assert_alive(pair)
+
+
+def test_between_two_statements_it_looks_again(pair: Pair) -> None:
+    busy = False
+    watch = Watch(pair[0].fileno(), is_busy=lambda: busy)
+    watch.at = at = 1.0
+    again = watch.fire(at)
+    assert again is not None
+    assert again == watch.at
+    busy = True
+    assert watch.fire(again) is None
+    assert watch.end() is True
+
+
+def test_no_more_threads_than_so_many(dog: Watchdog) -> None:
+    """The others wait for theirs, and are asked for all the same; appointments are on time meanwhile."""
+    asked, hears = threading.Semaphore(0), threading.Event()
+
+    def cancel(_: float) -> None:
+        asked.release()
+        assert hears.wait(10)
+
+    pairs = [socket.socketpair() for _ in range(20)]
+    watches = [Watch(near.fileno()) for near, _ in pairs]
+    for watch in watches:
+        watch.begin(lambda: cancel)
+        watch.at = 1.0
+        assert watch.fire(1.0) is not None
+    for _ in range(16):
+        assert asked.acquire(timeout=10)
+    assert not asked.acquire(timeout=0.05)
+    near, far = socket.socketpair()
+    near.settimeout(10)
+    other = Watch(near.fileno())
+    dog.appoint(other, monotonic() + 0.02)
+    assert near.recv(1) == b""
+    other.end()
+    hears.set()
+    for watch in watches:
+        asking = watch.finished()
+        assert asking is not None
+        asking.result(10)
+        assert watch.end() is False
+    for _ in range(4):
+        assert asked.acquire(timeout=10)
+    for one in (*pairs, (near, far)):
+        one[0].close()
+        one[1].close()
