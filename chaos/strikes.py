@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Strikes"]
 
-_FIRST: Final = 5
+_FIRST: Final = 8
 _PAUSE: Final = (0.05, 0.25)
 _OF_PAIRS: Final = frozenset({"promotion", "standby restarted"})
 _OF_SERVERS: Final = frozenset({"restart", "crash", "crash of a backend"})
