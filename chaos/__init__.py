@@ -5,6 +5,8 @@
 ``workloads``      callers and what they saw: open-loop arrivals, one record a call
 ``drivers``        one engine on one driver, behind one shape, so that a scenario is written once
 ``bodies``         what a caller does with its connection
+``pair``           a primary and its synchronous standby, which change places
+``strikes``        one fault after another, drawn from a seed
 ``invariants``     what holds after every scenario
 ``profiles``       sizes: ``short`` (minutes, the default) and ``nightly``
 ``report``         both results of each scenario: ``report/chaos.json`` and a table

@@ -185,6 +185,11 @@ class ThreadStack(Stack):
         self._engine.dispose()
 
 
+class Psycopg2Threads(ThreadStack):
+    driver = "psycopg2"
+    scheme = "psycopg2"
+
+
 class TaskStack(Stack):
     """An asynchronous driver; a caller is a task of the loop that runs in ``_thread``."""
 
@@ -275,7 +280,9 @@ def _commits(work: Work) -> bool:
     return work.commit or work.whole or work.exactly_once
 
 
-STACKS: dict[str, type[Stack]] = {stack.driver: stack for stack in (ThreadStack, PsycopgTasks, AsyncpgTasks)}
+STACKS: dict[str, type[Stack]] = {
+    stack.driver: stack for stack in (ThreadStack, Psycopg2Threads, PsycopgTasks, AsyncpgTasks)
+}
 
 
 def _without_frames(error: BaseException) -> BaseException:

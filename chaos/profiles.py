@@ -30,9 +30,9 @@ class Profile:
     works: int
     """Transactions of a closed-loop workload."""
     entries: int
-    """In the ledger, at most; ``--chaos-ledger`` says another number, and then there is no limit of time."""
+    """In the ledger of each driver, if ``--chaos-ledger`` does not say another number."""
     ledger: float | None
-    """Seconds in which to write them; None = however long it takes."""
+    """Seconds after which those who need not write all of them stop; None = however long it takes."""
 
 
 PROFILES = {
@@ -48,7 +48,7 @@ PROFILES = {
         goodput=0.8,
         rounds=3,
         works=150,
-        entries=100_000,
+        entries=1_300,
         ledger=2.5,
     ),
     "nightly": Profile(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.benchmarks.__main__ import BENCHMARKS
+from tests.benchmarks.outage.verdict import Figures, Request
+from tests.benchmarks.outage.verdict import figures as outage_figures
 from tests.benchmarks.overload.arrivals import schedule
 from tests.benchmarks.overload.harness import Result, ratio_to, row
 from tests.benchmarks.overload.verdict import OK, History, figures, normal_since
@@ -109,6 +111,61 @@ def test_normal_is_when_nearly_everybody_is_answered_quickly() -> None:
     assert normal_since(recovering, 21.2) is None  # too early to tell
     recovering.quick = None
     assert normal_since(recovering, 23.0) is None
+
+
+# -- the verdict on an outage --------------------------------------------------------------------------------
+
+
+def outage(*requests: tuple[float, float, str]) -> Figures:
+    """Silence from 10 to 20, watched until 25. Of each request: when it was due, when it ended, how."""
+    return outage_figures([Request(*request) for request in requests], 10.0, 20.0, 20.0, 25.0, deadline=1.0)
+
+
+def test_an_outage_is_noticed_when_somebody_is_refused_at_once() -> None:
+    found = outage(
+        (9.9, 10.9, "Lost"),  # came before
+        (10.2, 10.9, "Lost"),  # refused, but not at once
+        (10.4, 10.43, OK),
+        (10.6, 10.62, "CircuitOpen"),
+        (11.0, 11.01, "CircuitOpen"),
+        (12.0, 12.01, "CircuitOpen"),
+        (13.0, 13.2, "CircuitOpen"),
+        (14.0, 14.01, OK),  # served, which is no refusal
+    )
+    assert found.noticed == pytest.approx(0.6)
+    assert found.fast == pytest.approx(2 / 4)
+    assert found.in_time == 1.0
+    assert found.latest == pytest.approx(0.7)
+    assert found.outcomes == {"CircuitOpen": 4, OK: 2, "Lost": 1}
+    assert outage((11.0, NEVER, "")).noticed is None
+    assert outage((11.0, NEVER, "")).fast is None
+
+
+def test_stuck_is_who_is_still_under_way_when_all_should_know() -> None:
+    found = outage(
+        (11.0, 12.05, "Late"),  # within the deadline and a tenth
+        (11.0, 14.0, "Late"),
+        (12.0, NEVER, ""),
+        (14.5, NEVER, ""),
+        (19.9, 20.1, OK),
+    )
+    assert found.in_flight == 3
+    assert found.stuck == 2
+    assert found.in_time == pytest.approx(2 / 5)
+    assert found.latest == 13.0  # until the end of the watch, at least
+    assert found.first_ok == pytest.approx(0.1)
+    assert found.outcomes["unfinished"] == 2
+
+
+def test_after_an_outage_all_is_normal_when_nearly_everybody_is_served() -> None:
+    refused = [(20.0 + n / 50, 20.0 + n / 50, "CircuitOpen") for n in range(20)]
+    served = [(20.4 + n / 50, 20.42 + n / 50, OK) for n in range(230)]
+    found = outage(*refused, *served)
+    assert found.first_ok == pytest.approx(0.42)
+    assert found.normal == pytest.approx(0.35)  # from there on two or three of fifty are refused
+    assert found.served == pytest.approx(230 / 250)
+    slow = [(due, due + 0.2, how) for due, _, how in served]
+    assert outage(*refused, *slow).normal is None
 
 
 # -- arrivals and rows ---------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from chaos.bodies import Ledger, echo
 from chaos.invariants import (
     DETECTION,
     EPSILON,
-    eventually,
     fast,
     fault_was_felt,
     known_errors,
@@ -22,7 +21,7 @@ from chaos.invariants import (
 )
 from chaos.workloads import Call, Load, Work
 from resilientdb.events import PrimaryChanged
-from resilientdb.testing import History, Postgres, check_ledger, faults
+from resilientdb.testing import History, check_ledger, faults
 from resilientdb.testing.checkers import Outcome
 
 if TYPE_CHECKING:
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from chaos.conftest import Run
-    from resilientdb.testing import Proxy
+    from chaos.pair import Pair
+    from resilientdb.testing import Postgres, Proxy
 
 _DEADLINE = 0.5
 
@@ -137,56 +137,11 @@ def test_reads_without_the_replica(
         assert back == {resilientdb_standby.port}, "reads did not return to the replica"
 
 
-class Pair:
-    """A primary and its synchronous standby, which may change places."""
-
-    def __init__(self, primary: Postgres, standby: Postgres) -> None:
-        self.primary = primary
-        self.standby = standby
-
-    def __enter__(self) -> Pair:
-        self.primary.start()
-        self.standby.start()
-        self.couple()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.standby.close()
-        self.primary.close()
-
-    def couple(self) -> None:
-        """An acknowledged write is on the standby from now on. (The base backup was made before: a promoted
-        standby waits for nobody.)"""
-        self.primary.query("ALTER SYSTEM SET synchronous_standby_names = '*'")
-        self.primary.reload()
-        eventually(
-            lambda: bool(
-                self.primary.query(
-                    "SELECT 1 FROM pg_stat_replication WHERE state = 'streaming' AND sync_state = 'sync'"
-                )
-            ),
-            "the standby replicates synchronously",
-            timeout=15.0,
-        )
-
-    def swap(self) -> None:
-        """After a promotion: the old primary comes back as the standby of the new one."""
-        self.primary, self.standby = self.standby, self.primary
-        self.standby.follow(self.primary)
-        self.couple()
-
-
-@pytest.fixture(scope="module")
-def pairs(resilientdb_postgres: Postgres) -> Iterator[Pair]:
-    primary = Postgres(name="left", binaries=resilientdb_postgres.binaries).start()
-    with Pair(primary, Postgres.standby(primary, name="right")) as pair:
-        yield pair
-
-
 @pytest.fixture
 def pair(pairs: Pair) -> Iterator[Pair]:
     yield pairs
     pairs.swap()
+    pairs.rebuild()
 
 
 def test_promotion(run: Run, pair: Pair) -> None:

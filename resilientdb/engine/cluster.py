@@ -79,6 +79,7 @@ class Cluster:
             Node(self, name=name, role=role, connector=connector) for name, role, connector in nodes
         ]
         self.primary: Node | None = self.nodes[0]
+        self._wakes = 0
         self.front: Door | None = None
         """The pool that chooses among the nodes' pools, where there are several."""
         _clusters.add(self)
@@ -194,8 +195,8 @@ class Cluster:
 
     @property
     def activity(self) -> int:
-        """Grows with every checkout from any node."""
-        return sum(node.pool.activity for node in self.nodes if node.pool is not None)
+        """Grows with every checkout from any node, and with every one that was refused for want of a node."""
+        return self._wakes + sum(node.pool.activity for node in self.nodes if node.pool is not None)
 
     @property
     def busy(self) -> bool:
@@ -204,6 +205,7 @@ class Cluster:
 
     def wake(self) -> None:
         """The engine is used: have every node looked after, also one that serves nobody yet. It may be promoted."""
+        self._wakes += 1
         for node in self.nodes:
             node.start_prober()
 

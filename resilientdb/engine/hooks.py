@@ -201,7 +201,7 @@ class _Hooks:
         # A cut shows nothing about a node that is well: the deadline may have been too short. One call that was let
         # through to see whether the node answers has seen that it does not, and leaves it work that nobody waits for.
         if permit.probe if late else fault.is_node_failure:
-            node.breaker.record_failure(permit, error, no_answer=cut)
+            node.breaker.record_failure(permit, error, no_answer=late)
         else:
             node.breaker.release(permit)
 

@@ -126,6 +126,9 @@ class Node:
             if old != "unknown":
                 self.cluster.emit(RoleChanged(node=self.name, old=old, new=role))
             self.cluster.role_changed(self, old)
+        elif role == "primary" and self.cluster.primary is None:
+            # Its time as a replica was too short, or the line too bad, for anybody to have seen it.
+            self.cluster.role_changed(self, old)
 
     def after_fork(self) -> None:
         if self._prober is not None:

@@ -18,13 +18,16 @@ from resilientdb.runtime.clock import Clock, monotonic
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Probe", "Prober"]
+__all__ = ["Probe", "Prober", "pause_after"]
 
 logger = logging.getLogger("resilientdb")
 
 _FIRST_PAUSE = 0.02
-"""Seconds before a node that failed at once is asked again, doubled up to the interval: a cut of a few
-milliseconds must not become an outage of an interval's length."""
+"""Seconds before a node that failed at once is asked again, doubled each time: a cut of a few milliseconds must not
+become an outage of an interval's length."""
+_LONGEST_SHARE = 0.6
+"""Of the interval, the longest such pause. To be refused costs hardly anything; and what an interval promises, that
+somebody is served so soon after the node is back, still needs a caller to come and a connection to be opened."""
 
 
 class Probe(Protocol):
@@ -111,7 +114,7 @@ class Prober:
     def _run(self, wake: threading.Event) -> None:
         me = threading.current_thread()
         probe = self._make_probe()
-        pause = _FIRST_PAUSE
+        refusals = 0
         try:
             while self._thread is me:
                 wake.clear()
@@ -125,11 +128,16 @@ class Prober:
                     probe.close()
                 interval = self._interval
                 if probe.failed_at_once:
-                    interval = min(pause, interval)
-                    pause = min(2 * pause, self._interval)
+                    interval = pause_after(refusals, interval)
+                    refusals += 1
                 else:
-                    pause = _FIRST_PAUSE
+                    refusals = 0
                 if self._thread is me:
                     wake.wait(max(0.0, interval - (self._clock() - began)))
         finally:
             probe.close()
+
+
+def pause_after(refusals: int, interval: float) -> float:
+    """Seconds from one examination to the next of a node that has failed at once so many times before this one."""
+    return min(_FIRST_PAUSE * float(2 ** min(refusals, 16)), _LONGEST_SHARE * interval)

@@ -25,7 +25,14 @@ from resilientdb.testing import wire
 from resilientdb.testing.binaries import PostgresBinaries, find_postgres
 from resilientdb.testing.errors import ServiceFailed, ServiceUnavailable
 from resilientdb.testing.privileges import unprivileged
-from resilientdb.testing.processes import ServerProcess, free_port, log_tail, run_folder
+from resilientdb.testing.processes import (
+    ServerProcess,
+    children,
+    end_strangers,
+    free_port,
+    log_tail,
+    run_folder,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -178,15 +185,20 @@ class Postgres:
         self.stop(mode)
         return self.start()
 
-    def crash(self, how: Literal["immediate", "backend"] = "immediate") -> None:
+    def crash(self, how: Literal["immediate", "main", "backend"] = "immediate") -> None:
         """Crash the server.
 
         ``immediate``: all of it at once, without a checkpoint; it stays down until ``start()``,
-        which recovers. ``backend``: kill -9 of one backend of our own, on which the server drops
-        *every* session, recovers and goes on; returns when it accepts logins again.
+        which recovers. ``main``: so too, by kill -9 of the main process; its backends notice by
+        themselves, and what they are at they may bring to its end; returns when the last of them
+        has gone. ``backend``: kill -9 of one backend of our own, on which the server drops *every*
+        session, recovers and goes on; returns when it accepts logins again.
         """
         if how == "immediate":
             self.stop("immediate")
+            return
+        if how == "main":
+            self._kill_main()
             return
         import os
 
@@ -306,6 +318,16 @@ class Postgres:
             connect_timeout=10,
         )
         return connection
+
+    def _kill_main(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        process.signal(signal.SIGSTOP)  # from here on it has no more children than can be seen
+        orphans = children(process.pid)
+        process.kill()
+        self._process = None
+        end_strangers(orphans, grace=5.0)
 
     def _make_data(self) -> None:
         if self._source is not None:

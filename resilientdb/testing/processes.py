@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = [
     "RunFolder",
     "ServerProcess",
+    "children",
+    "end_strangers",
     "free_port",
     "run_folder",
     "server_environment",
@@ -75,6 +77,29 @@ def _start_time_by_ps(pid: int) -> str | None:  # macOS, BSD
     if result.returncode != 0 or state.startswith("Z"):
         return None
     return started.strip().replace(" ", "_")
+
+
+def children(pid: int) -> dict[int, str]:
+    """The processes that ``pid`` has started and that still run, each with its start time."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    if listed.exists():
+        pids = [int(child) for child in listed.read_text(encoding="ascii").split()]
+    else:  # macOS, BSD, and a kernel built without it
+        table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
+        pairs = [line.split() for line in table.stdout.splitlines()]
+        pids = [int(child) for child, parent in pairs if int(parent) == pid]
+    started = {child: start_time(child) for child in pids}
+    return {child: at for child, at in started.items() if at is not None}
+
+
+def end_strangers(strangers: Mapping[int, str], *, grace: float) -> None:
+    """Wait for the end of processes that are no children of ours; after ``grace`` seconds, kill them."""
+    deadline = time.monotonic() + grace
+    for pid, started in strangers.items():
+        while start_time(pid) == started:
+            if time.monotonic() > deadline:
+                _kill_stranger(pid, started)
+            time.sleep(0.005)
 
 
 def _world() -> str:

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import breaker, checkout, contention, import_time, line, reading, refused, select_one
+from . import breaker, checkout, classify, contention, import_time, line, reading, refused, select_one
 from .measure import FULL, QUICK, SMOKE
+from .outage import hang, heal
 from .overload import brownout, mixed, sustained
 from .report import as_json, into_document, machine, render, render_targets
 from .systems import Bench
@@ -26,6 +27,9 @@ BENCHMARKS: dict[str, Callable[[Bench], Report]] = {
     "refused": refused.run,
     "contention": contention.run,
     "breaker": breaker.run,
+    "classify": classify.run,
+    "hang": hang.run,
+    "heal": heal.run,
     "line": line.run,
     "import": import_time.run,
     "overload": sustained.run,

@@ -50,6 +50,13 @@ class Scale:
     tail_time: float
     """Longest watch for the return to normal."""
     imports: int
+    hang: float
+    """How long the database is silent."""
+    outages: int
+    outage: float
+    """How often, and for how long each, it is gone."""
+    watch: float
+    """Watched after each; longer than anybody's reset timeout."""
     contestants: int | None = None
     """How many of the systems under load; None = all."""
     judged: bool = True
@@ -67,6 +74,10 @@ FULL = Scale(
     load_time=15.0,
     tail_time=20.0,
     imports=21,
+    hang=10.0,
+    outages=3,
+    outage=5.0,
+    watch=8.0,
 )
 QUICK = Scale(
     rounds=75,
@@ -79,6 +90,10 @@ QUICK = Scale(
     load_time=3.0,
     tail_time=5.0,
     imports=7,
+    hang=5.0,
+    outages=1,
+    outage=4.0,
+    watch=7.0,
 )
 SMOKE = Scale(
     rounds=3,
@@ -92,6 +107,10 @@ SMOKE = Scale(
     load_time=0.3,
     tail_time=1.5,
     imports=1,
+    hang=0.6,
+    outages=1,
+    outage=0.4,
+    watch=0.8,
     judged=False,
 )
 """Only shows that everything runs; its figures mean nothing."""

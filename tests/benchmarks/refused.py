@@ -25,9 +25,15 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-_BLOCK = 20
-"""Calls in one turn."""
-_WANTED = 0.2
+_BLOCK = 200
+"""Calls in one turn: so many that the 99th percentile is not that of the first, who finds the other's turn in the
+processor's caches."""
+_WANTED = {
+    "circuit open, psycopg": 0.1,
+    "circuit open, asyncpg": 0.25,
+    "pool full, psycopg": 0.1,
+    "pool full, asyncpg": 0.25,
+}
 """Milliseconds a refusal may take at the 99th percentile."""
 _NO_QUEUE = rdb.Resilience(queue=rdb.SaturationQueue(max_waiting=0))
 
@@ -117,7 +123,7 @@ def _compare(
                     "let through": float(len(calls) - len(refused)),
                 },
                 ratios[name],
-                (Target(f"{case}: p99 ms", slow, _WANTED),) if name == "guarded" else (),
+                (Target(f"{case}: p99 ms", slow, _WANTED[case]),) if name == "guarded" else (),
             )
         )
     return rows

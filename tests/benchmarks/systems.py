@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext import asyncio as sa_asyncio
 
 import resilientdb as rdb
-from resilientdb.testing import Postgres
+from resilientdb.testing import Postgres, ToxiproxyServer
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -26,18 +26,25 @@ __all__ = ["Bench", "Loop", "assert_guarded", "async_engines", "engines"]
 
 
 class Bench:
-    """How much to measure, and a server to measure with, started when first asked for."""
+    """How much to measure, and what to measure with, started when first asked for."""
 
     def __init__(self, scale: Scale) -> None:
         self.scale = scale
         self._stack = contextlib.ExitStack()
         self._server: Postgres | None = None
+        self._toxiproxy: ToxiproxyServer | None = None
 
     @property
     def server(self) -> Postgres:
         if self._server is None:
             self._server = self._stack.enter_context(Postgres(name="benchmarks"))
         return self._server
+
+    @property
+    def toxiproxy(self) -> ToxiproxyServer:
+        if self._toxiproxy is None:
+            self._toxiproxy = self._stack.enter_context(ToxiproxyServer())
+        return self._toxiproxy
 
     def __enter__(self) -> Bench:
         return self

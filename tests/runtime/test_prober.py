@@ -6,14 +6,14 @@ import gc
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy.dialects import postgresql
 
 from resilientdb import BreakerPolicy, Resilience
 from resilientdb.engine.cluster import Cluster
-from resilientdb.runtime.prober import Prober
+from resilientdb.runtime.prober import Prober, pause_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,6 +37,9 @@ class Probe:
         if self.error is not None:
             raise self.error
         return self.is_needed
+
+    def run(self, errand: Callable[[Any], None]) -> None:
+        errand(self)
 
     def close(self) -> None:
         self.closed.release()
@@ -113,6 +116,12 @@ def test_it_asks_at_once_when_hurried(make: Callable[[float], Prober], probes: l
     assert probe.examined.acquire(timeout=10)
 
 
+def test_a_node_that_refuses_is_asked_again_soon_and_never_as_late_as_one_that_is_well() -> None:
+    assert [pause_after(refusals, 0.25) for refusals in range(5)] == [0.02, 0.04, 0.08, 0.15, 0.15]
+    assert pause_after(0, 0.01) == pytest.approx(0.006)
+    assert pause_after(1_000_000, 30.0) == pytest.approx(18.0)
+
+
 def test_stopping_closes_its_connection_and_ends_the_thread(
     make: Callable[[float], Prober], probes: list[Probe]
 ) -> None:
@@ -181,6 +190,26 @@ def test_stopping_from_its_own_thread_does_not_wait_for_itself() -> None:
     prober = Prober("db", 600.0, Suicidal)
     prober.start()
     assert stopped.wait(10)
+
+
+def test_an_errand_is_run_by_its_thread_and_does_not_end_it(
+    make: Callable[[float], Prober], probes: list[Probe]
+) -> None:
+    prober = make(600.0)
+    seen: list[tuple[Probe, threading.Thread]] = []
+    assert not prober.send(lambda probe: seen.append((probe, threading.current_thread()))), "it does not run"
+    prober.start()
+    until_examined(probes)
+    (probe,) = probes
+
+    def fail(probe: Probe) -> None:
+        seen.append((probe, threading.current_thread()))
+        raise ConnectionError("lost with the errand")
+
+    assert prober.send(fail)
+    assert probe.closed.acquire(timeout=10), "its connection is not to be used again"
+    assert seen == [(probe, probe.thread)]
+    assert probe.examined.acquire(timeout=10), "and it goes on"
 
 
 def test_after_a_fork_it_can_be_started(make: Callable[[float], Prober], probes: list[Probe]) -> None:

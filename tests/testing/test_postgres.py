@@ -14,6 +14,7 @@ import pytest
 
 from resilientdb.testing import Postgres, ServiceFailed, ServiceUnavailable, wire
 from resilientdb.testing.binaries import PG_BIN_VARIABLE, find_postgres
+from resilientdb.testing.processes import children, start_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,6 +82,24 @@ def test_a_backends_crash_drops_every_session_and_is_recovered_from(primary: Pos
     assert primary.pid == pid  # the server itself went on
     assert primary.query("SELECT 1") == [(1,)]
     assert "terminated by signal 9" in primary.log_tail(200)
+
+
+def test_its_main_process_killed_nothing_of_it_is_left(primary: Postgres) -> None:
+    primary.query("CREATE TABLE outlives AS SELECT 1 AS i")
+    with psycopg.connect(primary.url(""), autocommit=True) as busy:
+        main, backend = primary.pid, busy.info.backend_pid
+        assert main is not None
+        family = children(main)
+        assert (
+            backend in family or os.geteuid() == 0
+        )  # in a namespace of its own, it has another number there
+        primary.crash("main")
+        assert not primary.running
+        assert not [pid for pid, started in family.items() if start_time(pid) == started]
+        with pytest.raises(psycopg.OperationalError):
+            busy.execute("SELECT 1")
+    primary.start()
+    assert primary.query("SELECT i FROM outlives") == [(1,)]
 
 
 def test_standby_promote_and_follow(primary: Postgres) -> None:
