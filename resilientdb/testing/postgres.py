@@ -14,7 +14,6 @@ that a *machine* crash cannot be shown with them; a crash of the server or of a 
 from __future__ import annotations
 
 import functools
-import re
 import shutil
 import signal
 import threading
@@ -25,19 +24,13 @@ from resilientdb.testing import wire
 from resilientdb.testing.binaries import PostgresBinaries, find_postgres
 from resilientdb.testing.errors import ServiceFailed, ServiceUnavailable
 from resilientdb.testing.privileges import unprivileged
-from resilientdb.testing.processes import (
-    ServerProcess,
-    children,
-    end_strangers,
-    free_port,
-    log_tail,
-    run_folder,
-)
+from resilientdb.testing.processes import ServerProcess, children, end_strangers, run_folder
+from resilientdb.testing.services import DatabaseServer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-    from types import ModuleType, TracebackType
+    from types import ModuleType
 
     import psycopg
 
@@ -60,7 +53,7 @@ _STOP = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIG
 _template_lock = threading.Lock()
 
 
-class Postgres:
+class Postgres(DatabaseServer):
     """One server and its data. ``start()`` makes the data if there is none yet; ``close()`` removes it.
 
     ``settings`` go to ``postgresql.conf`` (so ``ALTER SYSTEM`` may still override them), after the
@@ -71,8 +64,8 @@ class Postgres:
     installed, :class:`ServiceFailed` when one does not do what it was told.
     """
 
-    host: ClassVar[str] = "127.0.0.1"
     superuser: ClassVar[str] = "postgres"
+    _port_taken = "could not create any TCP/IP sockets"
 
     def __init__(
         self,
@@ -83,18 +76,9 @@ class Postgres:
         major: int | None = None,
         fresh: bool = False,
     ) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-            raise ValueError(f"name {name!r}: letters, digits and underscores only")
-        self.name = name
-        self.settings = dict(settings or {})
+        super().__init__(name, settings, kind="postgres")
         self.binaries = (binaries or find_postgres(major)).usable()
-        self.port = free_port()
         self._fresh = fresh
-        self._source: tuple[str, int] | None = None
-        self._process: ServerProcess | None = None
-        self._folder = run_folder().folder(f"postgres-{name}")
-        self.data = self._folder / "data"
-        self.log = self._folder / "server.log"
 
     @classmethod
     def standby(
@@ -116,11 +100,6 @@ class Postgres:
 
     # ------------------------------------------------------------------------------------- addresses
 
-    @property
-    def address(self) -> str:
-        """``host:port``, as a proxy wants its upstream."""
-        return f"{self.host}:{self.port}"
-
     def url(
         self,
         driver: str = "psycopg",
@@ -136,36 +115,6 @@ class Postgres:
         return f"{scheme}://{self.superuser}@{host or self.host}:{port or self.port}/{database}"
 
     # ------------------------------------------------------------------------------------- life cycle
-
-    @property
-    def running(self) -> bool:
-        """Whether the server's main process runs."""
-        return self._process is not None and self._process.running
-
-    @property
-    def pid(self) -> int | None:
-        """The main process, or None when there is none."""
-        return self._process.pid if self._process is not None and self._process.running else None
-
-    def start(self, *, timeout: float = 30.0) -> Self:
-        """Start, and return when it accepts logins. Does nothing if it runs already."""
-        if self.running:
-            return self
-        attempts = 1
-        if not self.data.exists():
-            attempts = 5  # nobody knows the port yet, so if it was taken meanwhile another will do
-            self._make_data()
-        for attempt in range(attempts):
-            try:
-                self._launch(timeout)
-            except ServiceFailed:
-                self._process = None
-                if attempt == attempts - 1 or "could not create any TCP/IP sockets" not in self.log_tail():
-                    raise
-                self.port = free_port()
-            else:
-                break
-        return self
 
     def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast", *, timeout: float = 15.0) -> None:
         """Stop: ``fast`` ends sessions, ``immediate`` is a crash, ``smart`` waits for sessions to end.
@@ -225,28 +174,6 @@ class Postgres:
         with (self.data / "postgresql.conf").open("a", encoding="utf-8") as file:
             file.writelines(f"{name} = '{_quoted(value)}'\n" for name, value in settings.items())
 
-    def wait_ready(self, *, timeout: float = 30.0) -> float:
-        """Wait until it accepts logins; returns the seconds it took."""
-        if self._process is None:
-            raise ServiceFailed(f"{self.name} is not running")
-        return self._process.wait_ready(
-            functools.partial(wire.accepts_connections, self.host, self.port, user=self.superuser),
-            timeout=timeout,
-        )
-
-    def close(self) -> None:
-        """Stop at once and remove the data. May be called twice."""
-        self.stop("immediate")
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     # ------------------------------------------------------------------------------------ replication
 
     def promote(self, *, timeout: float = 30.0) -> float:
@@ -298,13 +225,8 @@ class Postgres:
             cursor = connection.execute(sql.encode(), parameters)
             return cursor.fetchall() if cursor.description is not None else []
 
-    def log_tail(self, lines: int = 30) -> str:
-        """The last lines of the server's log."""
-        return log_tail(self.log, lines)
-
     def __repr__(self) -> str:
-        state = "running" if self.running else "stopped"
-        return f"<Postgres {self.name} {self.binaries.major} on {self.address}, {state}>"
+        return f"<Postgres {self.name} {self.binaries.major} on {self.address}, {self._state}>"
 
     # ---------------------------------------------------------------------------------------- inside
 
@@ -362,22 +284,20 @@ class Postgres:
         self.data.mkdir(mode=0o700)
         unprivileged().own(self.data)
 
-    def _launch(self, timeout: float) -> None:
+    def _launch(self) -> ServerProcess:
         command: list[str | Path] = [self.binaries.program("postgres"), "-D", self.data]
         for setting in (f"port={self.port}", f"listen_addresses={self.host}", "unix_socket_directories="):
             command += ["-c", setting]
-        self._process = ServerProcess(
+        return ServerProcess(
             f"PostgreSQL {self.name}",
             command,
             log=self.log,
             privileges=unprivileged(),
             stop_signal=signal.SIGQUIT,
         )
-        try:
-            self.wait_ready(timeout=timeout)
-        except BaseException:
-            self._process.kill()
-            raise
+
+    def _accepts_logins(self) -> bool:
+        return wire.accepts_connections(self.host, self.port, user=self.superuser)
 
 
 @functools.cache

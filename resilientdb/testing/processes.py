@@ -39,6 +39,7 @@ __all__ = [
     "end_strangers",
     "free_port",
     "run_folder",
+    "run_tool",
     "server_environment",
     "start_time",
     "sweep",
@@ -268,6 +269,40 @@ def server_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     environment.update({"LC_ALL": "C", "TZ": "UTC"}, **(extra or {}))
     return environment
+
+
+def run_tool(
+    name: str,
+    command: Sequence[str | Path],
+    *,
+    privileges: Privileges,
+    timeout: float = 120.0,
+) -> str:
+    """Run a program that prepares or steers a server to its end; returns its output.
+
+    Raises :class:`ServiceFailed` with that output if it fails or takes too long.
+    """
+    try:
+        result = subprocess.run(
+            [*privileges.prefix, *(str(part) for part in command)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            cwd="/",
+            env=server_environment(),
+            user=privileges.uid,
+            group=privileges.gid,
+            extra_groups=[] if privileges.switches_user else None,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ServiceFailed(f"{name} did not run: {error}") from error
+    if result.returncode != 0:
+        raise ServiceFailed(f"{name} failed with status {result.returncode}:\n{result.stdout.strip()}")
+    return result.stdout
 
 
 class ServerProcess:

