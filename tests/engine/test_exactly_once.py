@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import contextvars
-import functools
 import subprocess
 import sys
 import threading
@@ -15,98 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import event, exc, orm
+from sqlalchemy import exc, orm
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 import resilientdb as rdb
 from resilientdb.engine import outcome as outcome_module
 from resilientdb.events import CommitInDoubt, CommitSettled, Event
 from resilientdb.testing import faults
+from tests.engine import committing
+from tests.engine.committing import INSERT, LOST, OnPostgres, cut_soon, server_setting, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    import contextlib
+    from collections.abc import Callable, Iterator
 
     from resilientdb.testing import Postgres, Proxy
 
 DRIVERS = ["psycopg", "psycopg2", "psycopg-async", "asyncpg"]
 
-QUICK = rdb.Resilience(
-    retry=rdb.RetryPolicy(
-        attempts=4,
-        timeout=8.0,
-        backoff=rdb.Backoff(initial=0.01, maximum=0.05),
-        budget=rdb.RetryBudget(floor=10_000),
-    ),
-    breaker=rdb.BreakerPolicy(probe_interval=None, minimum_calls=1000),
-)
-
-INSERT = sa.text("INSERT INTO entry (k) VALUES (:k)")
-
-
-class Subject:
-    """One engine on one driver. Its first connection goes through the proxy, the others to the server itself: what
-    holds up a COMMIT does not hold up those who want to know what became of it."""
-
-    def __init__(self, driver: str, postgres: Postgres, proxy: Proxy, **options: Any) -> None:
-        self.driver = driver
-        self.is_async = driver in {"psycopg-async", "asyncpg"}
-        self.postgres = postgres
-        create = rdb.create_async_engine if self.is_async else rdb.create_engine
-        self.engine: Any = create(
-            postgres.url(driver.removesuffix("-async")), resilience=QUICK, pool_size=3, **options
-        )
-        self.runner = asyncio.Runner() if self.is_async else None
-        self.connects = 0
-        self.runs = 0
-        self.detour: int | None = proxy.listen_port
-        plain = getattr(self.engine, "sync_engine", self.engine)
-
-        @event.listens_for(plain, "do_connect")
-        def lead(_dialect: Any, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> None:
-            if self.detour is not None:
-                parameters["port"], self.detour = self.detour, None
-            self.connects += 1
-
-    def transact(self, body: Callable[[sa.Connection], Any], **options: Any) -> Any:
-        options = {"exactly_once": True, **options}
-        if self.runner is None:
-            return rdb.run_transaction(self.engine, body, **options)
-        return self.wait(
-            rdb.run_transaction_async(self.engine, lambda connection: connection.run_sync(body), **options)
-        )
-
-    def wait(self, work: Coroutine[Any, Any, Any]) -> Any:
-        assert self.runner is not None
-        # In the caller's own context, with the deadline that it has set.
-        return self.runner.run(work, context=contextvars.copy_context())
-
-    def resolve(self, key: uuid.UUID) -> str:
-        if self.runner is None:
-            return rdb.resolve(self.engine, key)
-        return str(self.wait(rdb.resolve_async(self.engine, key)))
-
-    def entry(self, k: int, first: Callable[[], object] = lambda: None) -> Callable[[sa.Connection], int]:
-        """Writes ``k``, then, in its first run, does that; returns which run it was."""
-        self.runs = 0
-
-        def body(connection: sa.Connection) -> int:
-            self.runs += 1
-            connection.execute(INSERT, {"k": k})
-            if self.runs == 1:
-                first()
-            return self.runs
-
-        return body
-
-    def count(self, k: int) -> int:
-        return int(self.postgres.query("SELECT count(*) FROM entry WHERE k = %s", [k])[0][0])
-
-    def close(self) -> None:
-        if self.runner is None:
-            self.engine.dispose()
-        else:
-            self.runner.run(self.engine.dispose())
-            self.runner.close()
+fault = committing.fault
 
 
 @pytest.fixture(scope="module")
@@ -125,29 +49,19 @@ def postgres(resilientdb_postgres: Postgres) -> Iterator[Postgres]:
 
 
 @pytest.fixture
-def make(postgres: Postgres, resilientdb_proxy: Proxy) -> Iterator[Callable[..., Subject]]:
-    made: list[Subject] = []
+def make(postgres: Postgres, resilientdb_proxy: Proxy) -> Iterator[Callable[..., OnPostgres]]:
     postgres.query("DELETE FROM entry")
 
-    def subject(driver: str = "psycopg", **options: Any) -> Subject:
-        made.append(Subject(driver, postgres, resilientdb_proxy, **options))
-        return made[-1]
+    def subject(driver: str = "psycopg", **options: Any) -> OnPostgres:
+        return OnPostgres(driver, postgres, resilientdb_proxy, **options)
 
-    yield subject
-    for one in made:
-        one.close()
+    with committing.subjects(subject) as make:
+        yield make
 
 
 @pytest.fixture(params=DRIVERS)
-def subject(request: pytest.FixtureRequest, make: Callable[..., Subject]) -> Subject:
+def subject(request: pytest.FixtureRequest, make: Callable[..., OnPostgres]) -> OnPostgres:
     return make(request.param)
-
-
-@pytest.fixture
-def fault() -> Iterator[contextlib.ExitStack]:
-    """Holds what the first run breaks, until the end of the test or ``close()``."""
-    with contextlib.ExitStack() as stack:
-        yield stack
 
 
 def tokens(postgres: Postgres) -> int:
@@ -157,7 +71,7 @@ def tokens(postgres: Postgres) -> int:
 # -- the ordinary course --------------------------------------------------------------------------------------------
 
 
-def test_the_token_is_committed_with_the_work_or_not_at_all(subject: Subject) -> None:
+def test_the_token_is_committed_with_the_work_or_not_at_all(subject: OnPostgres) -> None:
     before = tokens(subject.postgres)
     assert subject.transact(subject.entry(1)) == 1
     assert (subject.count(1), tokens(subject.postgres)) == (1, before + 1)
@@ -173,13 +87,13 @@ def test_the_token_is_committed_with_the_work_or_not_at_all(subject: Subject) ->
     assert tokens(subject.postgres) == before + 2, "also of one that does nothing"
 
 
-def test_other_transactions_know_nothing_of_it(subject: Subject) -> None:
+def test_other_transactions_know_nothing_of_it(subject: OnPostgres) -> None:
     before = tokens(subject.postgres)
     subject.transact(subject.entry(3), exactly_once=False)
     assert tokens(subject.postgres) == before
 
 
-def test_a_run_that_failed_leaves_no_token(subject: Subject) -> None:
+def test_a_run_that_failed_leaves_no_token(subject: OnPostgres) -> None:
     before = tokens(subject.postgres)
 
     def refuse() -> None:
@@ -189,7 +103,7 @@ def test_a_run_that_failed_leaves_no_token(subject: Subject) -> None:
     assert (subject.count(4), tokens(subject.postgres)) == (1, before + 1)
 
 
-def test_sessions(make: Callable[..., Subject]) -> None:
+def test_sessions(make: Callable[..., OnPostgres]) -> None:
     subject = make()
     maker = orm.sessionmaker(subject.engine)
 
@@ -219,28 +133,9 @@ def test_sessions(make: Callable[..., Subject]) -> None:
 # -- a COMMIT in doubt ----------------------------------------------------------------------------------------------
 
 
-def truncated(proxy: Proxy) -> contextlib.AbstractContextManager[object]:
-    return faults._toxics("truncated", proxy, "limit_data", {"bytes": 3}, streams=("upstream",))
-
-
-def silence(proxy: Proxy, stream: Any) -> contextlib.AbstractContextManager[object]:
-    return faults._toxics("silence", proxy, "timeout", {"timeout": 0}, streams=(stream,))
-
-
-LOST: dict[str, tuple[Callable[[Proxy], Any], bool]] = {
-    "reply lost": (faults.reply_lost, True),
-    "COMMIT lost": (faults.commit_lost, False),
-    "COMMIT truncated": (truncated, False),
-    "reply never comes": (lambda proxy: silence(proxy, "downstream"), True),
-    "COMMIT never arrives": (lambda proxy: silence(proxy, "upstream"), False),
-    "COMMIT comes late": (lambda proxy: faults.pause(proxy, streams=("upstream",)), False),
-}
-"""What is done to the line, and whether the first run is committed."""
-
-
 @pytest.mark.parametrize("how", LOST)
 def test_a_commit_in_doubt_is_settled(
-    subject: Subject, resilientdb_proxy: Proxy, fault: contextlib.ExitStack, how: str
+    subject: OnPostgres, resilientdb_proxy: Proxy, fault: contextlib.ExitStack, how: str
 ) -> None:
     lose, is_committed = LOST[how]
     number = 100 + list(LOST).index(how)
@@ -254,17 +149,6 @@ def test_a_commit_in_doubt_is_settled(
     assert subject.transact(subject.entry(number + 50)) == 1, "the engine goes on"
 
 
-def settle(postgres: Postgres) -> None:
-    """Wait until no transaction is open any more."""
-    until = time.monotonic() + 5
-    while postgres.query(
-        "SELECT 1 FROM pg_stat_activity WHERE xact_start IS NOT NULL AND backend_type = 'client backend' "
-        "AND pid <> pg_backend_pid()"
-    ):
-        assert time.monotonic() < until, "a transaction was left open"
-        time.sleep(0.01)
-
-
 TRIGGERS = {
     "dies": "PERFORM pg_terminate_backend(pg_backend_pid()); PERFORM pg_sleep(5);",
     "naps": "PERFORM pg_sleep(1);",
@@ -274,20 +158,12 @@ TRIGGERS = {
 @pytest.fixture(scope="module", autouse=True)
 def triggers(postgres: Postgres) -> Iterator[None]:
     """A row in a table of that name makes COMMIT do that."""
-    for name, action in TRIGGERS.items():
-        postgres.query(f"CREATE TABLE {name} (k int)")
-        postgres.query(
-            f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {action} RETURN NULL; END $$"
-        )
-        postgres.query(
-            f"CREATE CONSTRAINT TRIGGER {name} AFTER INSERT ON {name} DEFERRABLE INITIALLY DEFERRED "
-            f"FOR EACH ROW EXECUTE FUNCTION {name}()"
-        )
+    committing.triggers_at_commit(postgres, TRIGGERS)
     yield
     postgres.query(f"DROP TABLE {', '.join(TRIGGERS)} CASCADE")
 
 
-def test_a_backend_that_dies_while_committing(subject: Subject) -> None:
+def test_a_backend_that_dies_while_committing(subject: OnPostgres) -> None:
     runs: list[int] = []
 
     def body(connection: sa.Connection) -> int:
@@ -302,7 +178,7 @@ def test_a_backend_that_dies_while_committing(subject: Subject) -> None:
 
 
 def test_a_commit_that_is_still_at_work_is_waited_for(
-    subject: Subject, resilientdb_proxy: Proxy, fault: contextlib.ExitStack
+    subject: OnPostgres, resilientdb_proxy: Proxy, fault: contextlib.ExitStack
 ) -> None:
     runs: list[int] = []
 
@@ -317,30 +193,17 @@ def test_a_commit_that_is_still_at_work_is_waited_for(
     assert (len(runs), subject.count(201)) == (1, 1)
 
 
-@contextlib.contextmanager
-def cut_soon(proxy: Proxy) -> Iterator[None]:
-    """After COMMIT was sent, and long before its reply."""
-    timer = threading.Timer(0.2, proxy.disable)
-    timer.start()
-    yield
-    timer.join()
-    proxy.enable()
-
-
 def test_at_the_end_of_the_time_the_key_is_handed_over(
-    subject: Subject, resilientdb_proxy: Proxy, fault: contextlib.ExitStack
+    subject: OnPostgres, resilientdb_proxy: Proxy, fault: contextlib.ExitStack
 ) -> None:
     """A COMMIT that waits for its standby is neither cancelled nor ended: the caller is told that nobody knows, and
     may ask later."""
     postgres = subject.postgres
-    postgres.query("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-    postgres.reload()
-    try:
-        body = subject.entry(202, lambda: wait_for_setting(postgres))
+    with server_setting(postgres, "synchronous_standby_names", "nobody"):
         seen: list[Event] = []
         rdb.control(subject.engine).on_event(seen.append)
         with rdb.deadline(1.5), pytest.raises(rdb.CommitOutcomeUnknown) as caught:
-            subject.transact(body)
+            subject.transact(subject.entry(202))
         assert subject.runs == 1
         settled = seen[-1]
         assert isinstance(settled, CommitSettled)
@@ -353,27 +216,17 @@ def test_at_the_end_of_the_time_the_key_is_handed_over(
         assert subject.count(202) == 0, "and nobody has seen it"
         with rdb.deadline(0.5):
             assert subject.resolve(key) == "unknown"
-    finally:
-        postgres.query("ALTER SYSTEM RESET synchronous_standby_names")
-        postgres.reload()
     assert subject.resolve(key) == "committed"
     settle(postgres)
     assert subject.count(202) == 1
 
 
-def wait_for_setting(postgres: Postgres) -> None:
-    until = time.monotonic() + 5
-    while postgres.query("SHOW synchronous_standby_names")[0][0] != "nobody":
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
 def test_serializable_transactions_are_settled_too(
-    subject: Subject, resilientdb_proxy: Proxy, fault: contextlib.ExitStack
+    subject: OnPostgres, resilientdb_proxy: Proxy, fault: contextlib.ExitStack
 ) -> None:
     for number, lose in ((210, faults.reply_lost), (211, faults.commit_lost)):
         subject.detour = resilientdb_proxy.listen_port
-        dispose(subject)
+        subject.dispose()
         subject.transact(
             subject.entry(number, lambda lose=lose: fault.enter_context(lose(resilientdb_proxy))),  # type: ignore[misc]
             isolation_level="SERIALIZABLE",
@@ -382,15 +235,8 @@ def test_serializable_transactions_are_settled_too(
         assert subject.count(number) == 1
 
 
-def dispose(subject: Subject) -> None:
-    if subject.runner is None:
-        subject.engine.dispose()
-    else:
-        subject.wait(subject.engine.dispose())
-
-
 def test_an_error_of_the_function_when_it_runs_again_is_its_own(
-    make: Callable[..., Subject], resilientdb_proxy: Proxy, fault: contextlib.ExitStack
+    make: Callable[..., OnPostgres], resilientdb_proxy: Proxy, fault: contextlib.ExitStack
 ) -> None:
     subject = make()
     runs: list[int] = []
@@ -408,7 +254,7 @@ def test_an_error_of_the_function_when_it_runs_again_is_its_own(
 
 
 def test_a_doubt_that_nobody_can_settle_is_seen_too(
-    make: Callable[..., Subject], resilientdb_proxy: Proxy, fault: contextlib.ExitStack
+    make: Callable[..., OnPostgres], resilientdb_proxy: Proxy, fault: contextlib.ExitStack
 ) -> None:
     subject = make()
     control = rdb.control(subject.engine)
@@ -424,7 +270,7 @@ def test_a_doubt_that_nobody_can_settle_is_seen_too(
     assert (snapshot.commits_in_doubt, snapshot.commits_settled) == (1, {})
 
 
-def test_anothers_commit_in_doubt_is_not_ours(make: Callable[..., Subject]) -> None:
+def test_anothers_commit_in_doubt_is_not_ours(make: Callable[..., OnPostgres]) -> None:
     subject = make()
     runs: list[int] = []
 
@@ -438,7 +284,7 @@ def test_anothers_commit_in_doubt_is_not_ours(make: Callable[..., Subject]) -> N
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg-async"])
-def test_a_cancelled_commit_is_left_to_the_server(make: Callable[..., Subject], driver: str) -> None:
+def test_a_cancelled_commit_is_left_to_the_server(make: Callable[..., OnPostgres], driver: str) -> None:
     """Not cancelled there, too: it is committed a second after its task has ended."""
     subject = make(driver)
 
@@ -488,27 +334,21 @@ else:
 """
 
 
-def test_ctrl_c_does_not_cancel_a_commit(make: Callable[..., Subject]) -> None:
+def test_ctrl_c_does_not_cancel_a_commit(make: Callable[..., OnPostgres]) -> None:
     """psycopg would cancel it: committed without its standby, and visible."""
     subject = make()
     postgres = subject.postgres
-    postgres.query("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-    postgres.reload()
-    try:
-        wait_for_setting(postgres)
+    with server_setting(postgres, "synchronous_standby_names", "nobody"):
         arguments = [sys.executable, "-c", INTERRUPTED, postgres.url("psycopg"), postgres.url("")]
         ended = subprocess.run(arguments, capture_output=True, text=True, timeout=30, check=True)
         assert "COMMIT was sent and its reply was not awaited" in ended.stdout
         assert subject.count(231) == 0, "it still waits, and nobody has seen it"
-    finally:
-        postgres.query("ALTER SYSTEM RESET synchronous_standby_names")
-        postgres.reload()
     key = uuid.UUID(ended.stdout.split("UUID('")[1].split("'")[0])
     assert subject.resolve(key) == "committed"
     assert subject.count(231) == 1
 
 
-def test_asyncpgs_own_timeout_does_not_cancel_a_commit(make: Callable[..., Subject]) -> None:
+def test_asyncpgs_own_timeout_does_not_cancel_a_commit(make: Callable[..., OnPostgres]) -> None:
     subject = make("asyncpg", connect_args={"command_timeout": 0.3})
     runs: list[int] = []
 
@@ -526,34 +366,15 @@ def test_asyncpgs_own_timeout_does_not_cancel_a_commit(make: Callable[..., Subje
 
 
 def test_a_doubt_and_its_end_are_seen(
-    make: Callable[..., Subject], resilientdb_proxy: Proxy, fault: contextlib.ExitStack
+    make: Callable[..., OnPostgres], resilientdb_proxy: Proxy, fault: contextlib.ExitStack
 ) -> None:
-    for number, lose, outcome in (
-        (180, faults.reply_lost, "committed"),
-        (181, faults.commit_lost, "aborted"),
-    ):
-        subject = make()
-        seen: list[Event] = []
-        control = rdb.control(subject.engine)
-        control.on_event(seen.append)
-        break_line = functools.partial(lambda lose: fault.enter_context(lose(resilientdb_proxy)), lose)
-        subject.transact(subject.entry(number, break_line))
-        fault.close()
-        doubt, settled = seen
-        assert isinstance(doubt, CommitInDoubt)
-        assert doubt.node == control.snapshot().nodes[0].name
-        assert doubt.error
-        assert isinstance(settled, CommitSettled)
-        assert (settled.outcome, settled.attempts >= 1, settled.seconds > 0) == (outcome, True, True)
-        assert subject.resolve(settled.key) == "committed", "by now, in any case"
-        snapshot = control.snapshot()
-        assert (snapshot.commits_in_doubt, snapshot.commits_settled) == (1, {outcome: 1})
+    committing.assert_a_doubt_and_its_end_are_seen(make, resilientdb_proxy, fault)
 
 
 # -- asking later ---------------------------------------------------------------------------------------------------
 
 
-def test_resolve_and_purge(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_and_purge(subject: OnPostgres, monkeypatch: pytest.MonkeyPatch) -> None:
     postgres = subject.postgres
     postgres.query("DELETE FROM resilientdb_token")
     subject.transact(subject.entry(300))
@@ -564,28 +385,23 @@ def test_resolve_and_purge(subject: Subject, monkeypatch: pytest.MonkeyPatch) ->
     assert subject.resolve(never) == "aborted"
     assert subject.resolve(never) == "aborted", "to ask leaves no mark"
 
-    def purge(**options: Any) -> int:
-        if subject.runner is None:
-            return rdb.purge(subject.engine, **options)
-        return int(subject.wait(rdb.purge_async(subject.engine, **options)))
-
-    assert purge() == 0
+    assert subject.purge() == 0
     assert subject.resolve(key) == "committed"
     for _ in range(4):
         subject.transact(lambda _: None)
     later = time.time() + 120
     monkeypatch.setattr(outcome_module, "wall", lambda: later)
-    assert purge(older_than=60, batch=2) == 5
+    assert subject.purge(older_than=60, batch=2) == 5
     assert subject.resolve(key) == "unknown"
     assert subject.resolve(never) == "unknown"
     with pytest.raises(rdb.ConfigurationError, match="60 seconds"):
-        purge(older_than=1)
+        subject.purge(older_than=1)
 
 
 # -- what it needs --------------------------------------------------------------------------------------------------
 
 
-def test_without_its_table(subject: Subject) -> None:
+def test_without_its_table(subject: OnPostgres) -> None:
     with pytest.raises(rdb.ConfigurationError, match=r"resilientdb\.install"):
         subject.transact(subject.entry(400), exactly_once=rdb.TokenTable("elsewhere"))
     assert (subject.runs, subject.count(400)) == (0, 0)
@@ -593,7 +409,7 @@ def test_without_its_table(subject: Subject) -> None:
         subject.transact(subject.entry(400), exactly_once=rdb.TokenTable("elsewhere", schema="nowhere"))
 
 
-def test_its_table_may_be_anywhere(make: Callable[..., Subject]) -> None:
+def test_its_table_may_be_anywhere(make: Callable[..., OnPostgres]) -> None:
     subject = make()
     table = rdb.TokenTable('odd "name"', schema="Odd")
     subject.postgres.query('CREATE SCHEMA "Odd"')
@@ -612,7 +428,7 @@ def test_its_table_may_be_anywhere(make: Callable[..., Subject]) -> None:
     subject.postgres.query('DROP SCHEMA "Odd" CASCADE')
 
 
-def test_a_migration_makes_the_same_table(make: Callable[..., Subject]) -> None:
+def test_a_migration_makes_the_same_table(make: Callable[..., OnPostgres]) -> None:
     subject = make()
     metadata = sa.MetaData()
     rdb.TokenTable("by_migration").to_metadata(metadata)
@@ -624,7 +440,7 @@ def test_a_migration_makes_the_same_table(make: Callable[..., Subject]) -> None:
     subject.postgres.query("DROP TABLE by_migration")
 
 
-def test_what_it_cannot_do_is_said(subject: Subject, make: Callable[..., Subject]) -> None:
+def test_what_it_cannot_do_is_said(subject: OnPostgres, make: Callable[..., OnPostgres]) -> None:
     with pytest.raises(rdb.ConfigurationError, match="read_only"):
         subject.transact(subject.entry(420), read_only=True)
     autocommit = make(subject.driver, isolation_level="AUTOCOMMIT")
@@ -635,21 +451,12 @@ def test_what_it_cannot_do_is_said(subject: Subject, make: Callable[..., Subject
         rdb.run_transaction(rdb.create_engine("sqlite://"), lambda _: None, exactly_once=True)
 
 
-def test_begin_and_token_are_one_message(subject: Subject) -> None:
+def test_begin_and_token_are_one_message(subject: OnPostgres) -> None:
     """psycopg2 sends its BEGIN alone; the others send nothing more than without a token."""
     postgres = subject.postgres
     subject.transact(lambda _: None)  # connects
-    postgres.query("ALTER SYSTEM SET log_statement = 'all'")
-    postgres.reload()
-    try:
-        until = time.monotonic() + 5
-        while postgres.query("SHOW log_statement")[0][0] != "all":
-            assert time.monotonic() < until
-            time.sleep(0.01)
+    with server_setting(postgres, "log_statement", "all"):
         subject.transact(lambda connection: connection.execute(sa.text("SELECT 4711")))
-    finally:
-        postgres.query("ALTER SYSTEM RESET log_statement")
-        postgres.reload()
     lines = [line for line in postgres.log_tail(40).splitlines() if "resilientdb_token (id, n)" in line]
     assert lines
     assert ("BEGIN" in lines[-1]) is (subject.driver != "psycopg2")

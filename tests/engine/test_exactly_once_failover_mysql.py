@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 import resilientdb as rdb
 from resilientdb.testing.mariadb import MariaDB
-from tests.engine.provoking import ASYNC
-from tests.engine.test_exactly_once_failover import INSERT, PATIENT, until
+from tests.engine.committing import run_over_a_failover, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import sqlalchemy as sa
 
     from resilientdb.testing.toxiproxy import ToxiproxyServer
 
@@ -48,47 +43,14 @@ def test_settled_on_the_new_primary(
     pair: tuple[MariaDB, MariaDB], resilientdb_toxiproxy: ToxiproxyServer, driver: str, is_committed: bool
 ) -> None:
     first, second = pair
-    runs: list[int] = []
+
+    def fail_over() -> None:
+        if is_committed:
+            until(lambda: second.query("SELECT 1 FROM entry", database="app"), "the first run is replayed")
+        first.kill()
+        second.promote()
 
     with resilientdb_toxiproxy.proxy(first.address) as proxy:
-
-        def fail_over() -> None:
-            if is_committed:
-                until(
-                    lambda: second.query("SELECT 1 FROM entry", database="app"), "the first run is replayed"
-                )
-            first.kill()
-            second.promote()
-
-        failing_over = threading.Thread(target=fail_over)
-
-        def body(connection: sa.Connection) -> int:
-            runs.append(1)
-            connection.execute(INSERT)
-            if len(runs) == 1:
-                # From now on nothing comes back from the first primary, or nothing gets there.
-                stream: Any = "downstream" if is_committed else "upstream"
-                proxy.add_toxic("limit_data", stream=stream, bytes=0)
-                failing_over.start()
-            return len(runs)
-
-        create: Any = rdb.create_async_engine if driver in ASYNC else rdb.create_engine
-        engine = create(
-            first.url(driver, port=proxy.listen_port), replicas=[second.address], resilience=PATIENT
-        )
-        if driver in ASYNC:
-
-            async def main() -> int:
-                value: int = await rdb.run_transaction_async(
-                    engine, lambda connection: connection.run_sync(body), exactly_once=True
-                )
-                await engine.dispose()
-                return value
-
-            value = asyncio.run(main())
-        else:
-            value = rdb.run_transaction(engine, body, exactly_once=True)
-            engine.dispose()
-        failing_over.join()
-    assert value == len(runs) == (1 if is_committed else 2)
+        run = run_over_a_failover(first, second, driver, proxy, fail_over, is_committed=is_committed)
+    assert run == (1 if is_committed else 2)
     assert second.query("SELECT count(*) FROM entry", database="app") == [(1,)]

@@ -22,8 +22,9 @@ import resilientdb as rdb
 from resilientdb.events import CommitSettled, Event
 from resilientdb.testing import Postgres, faults
 from resilientdb.testing.errors import ServiceFailed
-from tests.engine import test_exactly_once as with_a_table
-from tests.engine.test_exactly_once import DRIVERS, INSERT, LOST, cut_soon, dispose, settle, wait_for_setting
+from tests.engine import committing
+from tests.engine.committing import INSERT, LOST, PATIENT, cut_soon, server_setting, settle
+from tests.engine.test_exactly_once import DRIVERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,10 +40,12 @@ class Unprivileged(Postgres):
         return super().url(*arguments, **options).replace("postgres@", "app@")
 
 
-class Subject(with_a_table.Subject):
+class Subject(committing.OnPostgres):
     def transact(self, body: Callable[[sa.Connection], Any], **options: Any) -> Any:
         return super().transact(body, **{"exactly_once": "guarded", **options})
 
+
+fault = committing.fault
 
 TRIGGERS = {
     "dies": "COPY (SELECT 1) TO PROGRAM 'kill -9 $PPID'; PERFORM pg_sleep(5);",
@@ -55,16 +58,7 @@ TRIGGERS = {
 def prepare(server: Postgres) -> None:
     server.query("CREATE ROLE app LOGIN")
     server.query("CREATE TABLE entry (k int)")
-    for name, action in TRIGGERS.items():
-        server.query(f"CREATE TABLE {name} (k int)")
-        server.query(
-            f"CREATE FUNCTION {name}() RETURNS trigger SECURITY DEFINER LANGUAGE plpgsql "
-            f"AS $$ BEGIN {action} RETURN NULL; END $$"
-        )
-        server.query(
-            f"CREATE CONSTRAINT TRIGGER {name} AFTER INSERT ON {name} DEFERRABLE INITIALLY DEFERRED "
-            f"FOR EACH ROW EXECUTE FUNCTION {name}()"
-        )
+    committing.triggers_at_commit(server, TRIGGERS, rights="SECURITY DEFINER")
     server.query(f"GRANT SELECT, INSERT ON entry, {', '.join(TRIGGERS)} TO app")
 
 
@@ -83,28 +77,18 @@ def proxy(postgres: Postgres, resilientdb_toxiproxy: ToxiproxyServer) -> Iterato
 
 @pytest.fixture
 def make(postgres: Postgres, proxy: Proxy) -> Iterator[Callable[..., Subject]]:
-    made: list[Subject] = []
     postgres.query("TRUNCATE entry")
 
     def subject(driver: str = "psycopg", **options: Any) -> Subject:
-        made.append(Subject(driver, postgres, proxy, **options))
-        return made[-1]
+        return Subject(driver, postgres, proxy, **options)
 
-    yield subject
-    for one in made:
-        one.close()
+    with committing.subjects(subject) as make:
+        yield make
 
 
 @pytest.fixture(params=DRIVERS)
 def subject(request: pytest.FixtureRequest, make: Callable[..., Subject]) -> Subject:
     return make(request.param)
-
-
-@pytest.fixture
-def fault() -> Iterator[contextlib.ExitStack]:
-    """Holds what a run breaks, until the end of the test or ``close()``."""
-    with contextlib.ExitStack() as stack:
-        yield stack
 
 
 def settled(subject: Subject) -> list[Event]:
@@ -205,24 +189,17 @@ def test_a_role_that_is_allowed_short_statements_only(
 
 
 @pytest.fixture
-def lonely(postgres: Postgres) -> Iterator[Callable[[], None]]:
+def lonely(postgres: Postgres) -> Iterator[Callable[[], object]]:
     """From the call on, every COMMIT waits for a standby that is not there."""
-
-    def begin() -> None:
-        postgres.query("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-        postgres.reload()
-        wait_for_setting(postgres)
-
-    yield begin
-    postgres.query("ALTER SYSTEM RESET synchronous_standby_names")
-    postgres.reload()
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(server_setting(postgres, "synchronous_standby_names", "nobody"))
     settle(postgres)
 
 
 WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 
 
-def test_one_that_waits_for_its_standby_is_left_alone(subject: Subject, lonely: Callable[[], None]) -> None:
+def test_one_that_waits_for_its_standby_is_left_alone(subject: Subject, lonely: Callable[[], object]) -> None:
     seen = settled(subject)
     with rdb.deadline(1.5), pytest.raises(rdb.CommitOutcomeUnknown) as caught:
         subject.transact(subject.entry(202, lonely))
@@ -233,7 +210,7 @@ def test_one_that_waits_for_its_standby_is_left_alone(subject: Subject, lonely: 
 
 
 def test_what_no_standby_has_is_not_called_committed(
-    subject: Subject, proxy: Proxy, lonely: Callable[[], None]
+    subject: Subject, proxy: Proxy, lonely: Callable[[], object]
 ) -> None:
     """A COMMIT that somebody stopped waiting for the standby is visible, and gone after a failover."""
     postgres = subject.postgres
@@ -259,7 +236,7 @@ def test_serializable(make: Callable[..., Subject], proxy: Proxy, fault: context
         subject = make(driver)
         for number, lose in ((210, faults.reply_lost), (211, faults.commit_lost)):
             subject.detour = proxy.listen_port
-            dispose(subject)
+            subject.dispose()
             subject.transact(
                 subject.entry(number, lambda lose=lose: fault.enter_context(lose(proxy))),  # type: ignore[misc]
                 isolation_level="SERIALIZABLE",
@@ -390,7 +367,6 @@ def test_after_a_failover_nobody_knows(
     postgres: Postgres, resilientdb_toxiproxy: ToxiproxyServer, driver: str
 ) -> None:
     """The COMMIT's record never gets to the standby, which gives the transaction's number to others."""
-    is_async = driver == "asyncpg"
     numbers: list[int] = []
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(Unprivileged(name="first", binaries=postgres.binaries))
@@ -418,33 +394,16 @@ def test_after_a_failover_nobody_knows(
             proxy.add_toxic("limit_data", stream="downstream", bytes=0)
             failing_over.start()
 
-        create: Any = rdb.create_async_engine if is_async else rdb.create_engine
-        retry = rdb.RetryPolicy(timeout=30.0, backoff=rdb.Backoff(initial=0.05, maximum=0.2))
-        engine = create(
-            first.url(driver, port=proxy.listen_port),
-            replicas=[second.address],
-            resilience=rdb.Resilience(retry=retry, deadline=None),
-        )
-
-        async def work_async() -> None:
-            try:
-                await rdb.run_transaction_async(
-                    engine, lambda connection: connection.run_sync(body), exactly_once="guarded"
+        subject = stack.enter_context(
+            contextlib.closing(
+                committing.Subject(
+                    driver, first, port=proxy.listen_port, replicas=[second.address], resilience=PATIENT
                 )
-            finally:
-                await engine.dispose()
-
-        def work() -> None:
-            if is_async:
-                asyncio.run(work_async())
-            else:
-                rdb.run_transaction(engine, body, exactly_once="guarded")
-
+            )
+        )
         with pytest.raises(rdb.CommitOutcomeUnknown, match="a standby was promoted since"):
-            work()
+            subject.transact(body, exactly_once="guarded")
         failing_over.join()
-        if not is_async:
-            engine.dispose()
         assert len(numbers) == 1
         assert second.query("SELECT count(*) FROM entry") == [(0,)]
         # The question without the guard.
@@ -515,17 +474,8 @@ def test_what_is_sent(subject: Subject) -> None:
     """One statement, in BEGIN's message; asyncpg drops rows that come that way, and psycopg2 sends BEGIN alone."""
     postgres = subject.postgres
     subject.transact(lambda _: None)  # connects
-    postgres.query("ALTER SYSTEM SET log_statement = 'all'")
-    postgres.reload()
-    try:
-        until = time.monotonic() + 5
-        while postgres.query("SHOW log_statement")[0][0] != "all":
-            assert time.monotonic() < until
-            time.sleep(0.01)
+    with server_setting(postgres, "log_statement", "all"):
         subject.transact(lambda connection: connection.execute(sa.text("SELECT 4711")))
-    finally:
-        postgres.query("ALTER SYSTEM RESET log_statement")
-        postgres.reload()
     log = postgres.log_tail(60)
     log = log[log.rindex("SHOW log_statement") : log.rindex("SELECT 4711")]
     lines = re.findall(r"(?:statement|execute [^:]*): (.*)", log)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
-import functools
 import threading
 import time
 import uuid
@@ -17,73 +15,26 @@ from sqlalchemy import event
 
 import resilientdb as rdb
 from resilientdb.engine import outcome as outcome_module
-from resilientdb.events import CommitInDoubt, CommitSettled, Event
 from resilientdb.testing import faults
 from resilientdb.testing.mariadb import MariaDB
-from tests.engine.provoking import ASYNC
-from tests.engine.test_exactly_once import INSERT, LOST, QUICK, cut_soon
+from tests.engine import committing
+from tests.engine.committing import INSERT, LOST, cut_soon, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Iterator
 
     from resilientdb.testing import Proxy
 
 DRIVERS = ["pymysql", "aiomysql", "asyncmy"]
 
 
-class Subject:
-    """One engine on one driver. Its first connection goes through the proxy, the others to the server itself: what
-    holds up a COMMIT does not hold up those who want to know what became of it."""
+fault = committing.fault
 
+
+class Subject(committing.InDoubt):
     def __init__(self, driver: str, server: MariaDB, proxy: Proxy, **options: Any) -> None:
-        self.driver = driver
+        super().__init__(driver, server, proxy, **options)
         self.server = server
-        create: Any = rdb.create_async_engine if driver in ASYNC else rdb.create_engine
-        self.engine: Any = create(server.url(driver), **{"resilience": QUICK, "pool_size": 3, **options})
-        self.runner = asyncio.Runner() if driver in ASYNC else None
-        self.runs = 0
-        detours = [proxy.listen_port]
-
-        @event.listens_for(getattr(self.engine, "sync_engine", self.engine), "do_connect")
-        def lead(_dialect: Any, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> None:
-            if detours:
-                parameters["port"] = detours.pop()
-
-    def transact(self, body: Callable[[sa.Connection], Any], **options: Any) -> Any:
-        options = {"exactly_once": True, **options}
-        if self.runner is None:
-            return rdb.run_transaction(self.engine, body, **options)
-        return self.wait(
-            rdb.run_transaction_async(self.engine, lambda connection: connection.run_sync(body), **options)
-        )
-
-    def wait(self, work: Coroutine[Any, Any, Any]) -> Any:
-        assert self.runner is not None
-        # In the caller's own context, with the deadline that it has set.
-        return self.runner.run(work, context=contextvars.copy_context())
-
-    def resolve(self, key: uuid.UUID) -> str:
-        if self.runner is None:
-            return rdb.resolve(self.engine, key)
-        return str(self.wait(rdb.resolve_async(self.engine, key)))
-
-    def purge(self, **options: Any) -> int:
-        if self.runner is None:
-            return rdb.purge(self.engine, **options)
-        return int(self.wait(rdb.purge_async(self.engine, **options)))
-
-    def entry(self, k: int, first: Callable[[], object] = lambda: None) -> Callable[[sa.Connection], int]:
-        """Writes ``k``, then, in its first run, does that; returns which run it was."""
-        self.runs = 0
-
-        def body(connection: sa.Connection) -> int:
-            self.runs += 1
-            connection.execute(INSERT, {"k": k})
-            if self.runs == 1:
-                first()
-            return self.runs
-
-        return body
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         return self.server.query(sql, database="app")
@@ -97,17 +48,8 @@ class Subject:
 
     def settle(self) -> None:
         """Wait until no transaction is open any more."""
-        until = time.monotonic() + 5
-        while self.query("SELECT 1 FROM information_schema.innodb_trx"):
-            assert time.monotonic() < until, "a transaction was left open"
-            time.sleep(0.01)
-
-    def close(self) -> None:
-        if self.runner is None:
-            self.engine.dispose()
-        else:
-            self.runner.run(self.engine.dispose())
-            self.runner.close()
+        open_ones = "SELECT 1 FROM information_schema.innodb_trx"
+        until(lambda: not self.query(open_ones), "no transaction is open")
 
 
 @pytest.fixture(scope="module")
@@ -123,28 +65,18 @@ def server(resilientdb_mariadb: MariaDB) -> Iterator[MariaDB]:
 
 @pytest.fixture
 def make(server: MariaDB, resilientdb_mariadb_proxy: Proxy) -> Iterator[Callable[..., Subject]]:
-    made: list[Subject] = []
     server.query("DELETE FROM entry", database="app")
 
-    def subject(driver: str = "pymysql", **options: Any) -> Subject:
-        made.append(Subject(driver, options.pop("server", server), resilientdb_mariadb_proxy, **options))
-        return made[-1]
+    def subject(driver: str = "pymysql", *, server: MariaDB = server, **options: Any) -> Subject:
+        return Subject(driver, server, resilientdb_mariadb_proxy, **options)
 
-    yield subject
-    for one in made:
-        one.close()
+    with committing.subjects(subject) as make:
+        yield make
 
 
 @pytest.fixture(params=DRIVERS)
 def subject(request: pytest.FixtureRequest, make: Callable[..., Subject]) -> Subject:
     return make(request.param)
-
-
-@pytest.fixture
-def fault() -> Iterator[contextlib.ExitStack]:
-    """Holds what the first run breaks, until the end of the test or ``close()``."""
-    with contextlib.ExitStack() as stack:
-        yield stack
 
 
 # -- the ordinary course --------------------------------------------------------------------------------------------
@@ -327,28 +259,7 @@ def test_after_a_crash(make: Callable[..., Subject]) -> None:
 def test_a_doubt_and_its_end_are_seen(
     make: Callable[..., Subject], resilientdb_mariadb_proxy: Proxy, fault: contextlib.ExitStack
 ) -> None:
-    for number, lose, outcome in (
-        (180, faults.reply_lost, "committed"),
-        (181, faults.commit_lost, "aborted"),
-    ):
-        subject = make()
-        seen: list[Event] = []
-        control = rdb.control(subject.engine)
-        control.on_event(seen.append)
-        break_line = functools.partial(
-            lambda lose: fault.enter_context(lose(resilientdb_mariadb_proxy)), lose
-        )
-        subject.transact(subject.entry(number, break_line))
-        fault.close()
-        doubt, settled = seen
-        assert isinstance(doubt, CommitInDoubt)
-        assert doubt.node == control.snapshot().nodes[0].name
-        assert doubt.error
-        assert isinstance(settled, CommitSettled)
-        assert (settled.outcome, settled.attempts >= 1, settled.seconds > 0) == (outcome, True, True)
-        assert subject.resolve(settled.key) == "committed", "by now, in any case"
-        snapshot = control.snapshot()
-        assert (snapshot.commits_in_doubt, snapshot.commits_settled) == (1, {outcome: 1})
+    committing.assert_a_doubt_and_its_end_are_seen(make, resilientdb_mariadb_proxy, fault)
 
 
 # -- asking later ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import time
@@ -15,7 +14,7 @@ from sqlalchemy import orm
 
 import resilientdb as rdb
 from resilientdb.testing.mariadb import MariaDB
-from tests.engine.provoking import ASYNC
+from tests.engine import committing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,12 +23,10 @@ INSERT = sa.text("INSERT INTO done (k) VALUES (:k)")
 TOUCH = "UPDATE two SET n = n + 1 WHERE k = {}"
 
 
-class Subject:
+class Subject(committing.Subject):
     def __init__(self, server: MariaDB, driver: str, **options: Any) -> None:
+        super().__init__(driver, server, **options)
         self.server = server
-        create: Any = rdb.create_async_engine if driver in ASYNC else rdb.create_engine
-        self.engine: Any = create(server.url(driver), **options)
-        self.runner = asyncio.Runner() if driver in ASYNC else None
 
     def begin(self, body: Callable[[sa.Connection], Any]) -> Any:
         """``body`` in ``engine.begin()``."""
@@ -43,21 +40,8 @@ class Subject:
 
         return self.runner.run(main())
 
-    def transact(self, body: Callable[[sa.Connection], Any], **options: Any) -> Any:
-        if self.runner is None:
-            return rdb.run_transaction(self.engine, body, **options)
-        work = rdb.run_transaction_async(self.engine, lambda connection: connection.run_sync(body), **options)
-        return self.runner.run(work)
-
     def done(self) -> list[int]:
         return [k for (k,) in self.server.query("SELECT k FROM done ORDER BY k", database="app")]
-
-    def close(self) -> None:
-        if self.runner is None:
-            self.engine.dispose()
-        else:
-            self.runner.run(self.engine.dispose())
-            self.runner.close()
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +54,15 @@ def strict() -> Iterator[MariaDB]:
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., Subject]]:
-    made: list[Subject] = []
 
     def subject(server: MariaDB, driver: str = "pymysql", **options: Any) -> Subject:
         for name, columns in (("two", "k int PRIMARY KEY, n int"), ("done", "k int")):
             server.query(f"CREATE OR REPLACE TABLE {name} ({columns}) ENGINE=InnoDB", database="app")
         server.query("INSERT INTO two VALUES (1, 0), (2, 0)", database="app")
-        made.append(Subject(server, driver, **options))
-        return made[-1]
+        return Subject(server, driver, **options)
 
-    yield subject
-    for one in made:
-        one.close()
+    with committing.subjects(subject) as make:
+        yield make
 
 
 @pytest.fixture(params=["pymysql", "aiomysql", "asyncmy"])
