@@ -36,7 +36,7 @@ async def by_another_task(work: Coroutine[Any, Any, T]) -> T:
     return await asyncio.create_task(work, context=contextvars.Context())
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
+def until(condition: Callable[[], bool], what: str = "") -> None:
     """Other threads reach a state that can be seen but not waited for."""
     give_up = time.monotonic() + 10
     while not condition():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,10 +13,11 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+import resilientdb as rdb
 from resilientdb.policy.faults import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from resilientdb.testing.mariadb import MariaDB
     from resilientdb.testing.postgres import Postgres
@@ -44,6 +46,17 @@ class Client:
 
     def value(self, sql: str) -> Any:
         return self.run(sql).scalar()
+
+    def run_cancelled(self, sql: str) -> None:
+        """In a task that is cancelled while it waits for the answer."""
+
+        async def cancel() -> None:
+            task = asyncio.ensure_future(self.connection.exec_driver_sql(sql))
+            await asyncio.sleep(0.1)
+            task.cancel()
+            await task
+
+        self.wait(cancel())
 
     def commit(self) -> None:
         self.wait(self.connection.commit())
@@ -76,6 +89,11 @@ class Clients:
         make: Any = create_async_engine if self.driver in ASYNC else sa.create_engine
         return self.of(make(url or self.url(), poolclass=NullPool, connect_args=connect_args))
 
+    def guarded(self, url: str | None = None, **options: Any) -> Client:
+        """A client of an engine of this library."""
+        make: Any = rdb.create_async_engine if self.driver in ASYNC else rdb.create_engine
+        return self.of(make(url or self.url(), **options))
+
     def of(self, engine: Any) -> Client:
         """A client of an engine that is given."""
         client = Client(engine, asyncio.new_event_loop() if self.driver in ASYNC else None)
@@ -96,6 +114,18 @@ class Clients:
 
     def through(self, proxy: Proxy) -> str:
         return self.url(port=proxy.listen_port)
+
+
+@contextlib.contextmanager
+def two_rows(clients: Clients, options: str = "", **where: Any) -> Iterator[str]:
+    """A table of two rows, 1 and 2."""
+    query = clients.server.query
+    name = f"t_{uuid.uuid4().hex[:12]}"
+    query(f"CREATE TABLE {name} (k int PRIMARY KEY, n int NOT NULL DEFAULT 0) {options}", **where)
+    query(f"INSERT INTO {name} VALUES (1, 0), (2, 0)", **where)
+    yield name
+    clients.close()  # their locks would keep it
+    query(f"DROP TABLE {name}", **where)
 
 
 def provoke(call: Callable[[], object]) -> BaseException:

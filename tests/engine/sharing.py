@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,17 +14,34 @@ from sqlalchemy.dialects.sqlite import aiosqlite
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
 import resilientdb as rdb
+from resilientdb.engine import shared
 from resilientdb.engine.cluster import Cluster
 from resilientdb.engine.pool import AsyncQueueDoor, QueueDoor
-from resilientdb.errors import (
-    ConfigurationError,
-    PoolTimeout,
-)
+from resilientdb.errors import ConfigurationError, PoolTimeout
+from tests.engine.conftest import until, until_waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
 
     from tests.engine.conftest import FakeDatabase
+
+__all__ = [
+    "Cycle",
+    "Gauge",
+    "LoopThread",
+    "Makers",
+    "TaskPool",
+    "assert_whole",
+    "give",
+    "give_back_one",
+    "in_thread",
+    "loop",
+    "make",
+    "own_limiters",
+    "policy",
+    "until",
+    "until_waiting",
+]
 
 T = TypeVar("T")
 
@@ -102,16 +119,22 @@ class LoopThread:
         self.loop.close()
 
 
-def until(condition: Callable[[], bool], what: str = "") -> None:
-    """Others reach a state that can be seen but not waited for."""
-    give_up = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < give_up, f"never: {what}"
-        time.sleep(0.001)
+@pytest.fixture(autouse=True)
+def own_limiters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is left over from a test that failed."""
+    monkeypatch.setattr(shared, "_limiters", weakref.WeakValueDictionary())
 
 
-def until_waiting(pool: QueueDoor, number: int) -> None:
-    until(lambda: pool.stats().waiting == number, f"{number} waiting")
+@pytest.fixture
+def make(database: FakeDatabase) -> Makers:
+    return Makers(database)
+
+
+@pytest.fixture
+def loop() -> Iterator[LoopThread]:
+    thread = LoopThread()
+    yield thread
+    thread.close()
 
 
 def in_thread(work: Callable[[], T]) -> Any:

@@ -394,13 +394,8 @@ def test_after_a_failover_nobody_knows(
             proxy.add_toxic("limit_data", stream="downstream", bytes=0)
             failing_over.start()
 
-        subject = stack.enter_context(
-            contextlib.closing(
-                committing.Subject(
-                    driver, first, port=proxy.listen_port, replicas=[second.address], resilience=PATIENT
-                )
-            )
-        )
+        make = stack.enter_context(committing.subjects(committing.Subject))
+        subject = make(driver, first, port=proxy.listen_port, replicas=[second.address], resilience=PATIENT)
         with pytest.raises(rdb.CommitOutcomeUnknown, match="a standby was promoted since"):
             subject.transact(body, exactly_once="guarded")
         failing_over.join()

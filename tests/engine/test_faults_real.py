@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import threading
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-import resilientdb as rdb
 from resilientdb.engine.drivers import driver_of
 from resilientdb.policy.faults import Fault, Phase, classify, describe, evidence, sqlstate_of
 from resilientdb.testing import faults
 from resilientdb.testing.postgres import Postgres
 from resilientdb.testing.processes import free_port
-from tests.engine.provoking import ASYNC, Clients, in_thread, provoke, until
+from tests.engine.provoking import Clients, in_thread, provoke, two_rows, until
 from tests.engine.seen import seen
 
 if TYPE_CHECKING:
@@ -29,19 +28,14 @@ DRIVERS = ["psycopg", "psycopg_async", "psycopg2", "asyncpg"]
 
 @pytest.fixture(params=DRIVERS)
 def clients(request: pytest.FixtureRequest, resilientdb_postgres: Postgres) -> Iterator[Clients]:
-    made = Clients(resilientdb_postgres, request.param)
-    yield made
-    made.close()
+    with contextlib.closing(Clients(resilientdb_postgres, request.param)) as made:
+        yield made
 
 
 @pytest.fixture
-def table(clients: Clients, resilientdb_postgres: Postgres) -> Iterator[str]:
-    name = f"t_{uuid.uuid4().hex[:12]}"
-    resilientdb_postgres.query(f"CREATE TABLE {name} (k int PRIMARY KEY, n int NOT NULL DEFAULT 0)")
-    resilientdb_postgres.query(f"INSERT INTO {name} VALUES (1, 0), (2, 0)")
-    yield name
-    clients.close()  # their locks would keep it
-    resilientdb_postgres.query(f"DROP TABLE {name}")
+def table(clients: Clients) -> Iterator[str]:
+    with two_rows(clients) as name:
+        yield name
 
 
 @pytest.fixture
@@ -182,9 +176,8 @@ def test_stopped_in_query(clients: Clients) -> None:
 @pytest.mark.parametrize("how", ["SET TRANSACTION READ ONLY", "postgresql_readonly"])
 def test_the_application_s_own_read_only_transaction(clients: Clients, table: str, how: str) -> None:
     """Told from a standby's refusal: nothing is wrong with the node, nor with the connection."""
-    make: Any = rdb.create_async_engine if clients.driver in ASYNC else rdb.create_engine
     options = {"postgresql_readonly": True} if how == "postgresql_readonly" else {}
-    client = clients.of(make(clients.url(), execution_options=options))
+    client = clients.guarded(execution_options=options)
     client.connect()
     client.run("SELECT 1" if options else how)
     error = provoke(lambda: client.run(f"INSERT INTO {table} VALUES (9)"))
@@ -196,8 +189,7 @@ def test_a_server_s_own_default_is_not_the_application_s(clients: Clients, table
     """How operators keep writes away from a primary: no transaction asked for READ ONLY."""
     clients.server.query(f"ALTER ROLE {role} SET default_transaction_read_only = on")
     clients.server.query(f"GRANT ALL ON {table} TO {role}")
-    make: Any = rdb.create_async_engine if clients.driver in ASYNC else rdb.create_engine
-    client = clients.of(make(clients.url().replace("postgres@", f"{role}:hunter2@")))
+    client = clients.guarded(clients.url().replace("postgres@", f"{role}:hunter2@"))
     client.connect()
     error = provoke(lambda: client.run(f"INSERT INTO {table} VALUES (9)"))
     assert (sqlstate_of(error), classify(error)) == ("25006", Fault.WRONG_ROLE)
@@ -209,8 +201,7 @@ def test_a_standby_s_refusal_is_not_the_application_s(
     clients: Clients, table: str, resilientdb_standby: Postgres, resilientdb_postgres: Postgres
 ) -> None:
     resilientdb_standby.wait_caught_up(resilientdb_postgres)
-    make: Any = rdb.create_async_engine if clients.driver in ASYNC else rdb.create_engine
-    client = clients.of(make(resilientdb_standby.url(clients.driver)))
+    client = clients.guarded(resilientdb_standby.url(clients.driver))
     client.connect()
     error = provoke(lambda: client.run(f"INSERT INTO {table} VALUES (9)"))
     assert (sqlstate_of(error), classify(error)) == ("25006", Fault.WRONG_ROLE)
@@ -388,14 +379,7 @@ def test_commit_refused_by_serializable(clients: Clients, table: str) -> None:
 @pytest.mark.parametrize("clients", ["psycopg_async", "asyncpg"], indirect=True)
 def test_cancelled_in_query_and_in_commit(clients: Clients, table: str) -> None:
     client = clients.connected()
-
-    async def cancel(call: Any) -> None:
-        task = asyncio.ensure_future(call)
-        await asyncio.sleep(0.1)
-        task.cancel()
-        await task
-
-    error = provoke(lambda: client.wait(cancel(client.connection.exec_driver_sql("SELECT pg_sleep(5)"))))
+    error = provoke(lambda: client.run_cancelled("SELECT pg_sleep(5)"))
     assert seen("cancelled", clients.driver, error) is Fault.CANCELLED
     assert classify(error, Phase.COMMIT) is Fault.IN_DOUBT
 

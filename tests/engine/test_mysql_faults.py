@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from resilientdb.policy.faults import Fault, Phase, classify, evidence
 from resilientdb.testing import faults
 from resilientdb.testing.mariadb import MariaDB
 from resilientdb.testing.processes import free_port
-from tests.engine.provoking import ASYNC, Clients, in_thread, provoke, until
+from tests.engine.provoking import Clients, in_thread, provoke, two_rows, until
 from tests.engine.seen import seen
 
 if TYPE_CHECKING:
@@ -29,20 +29,14 @@ GONE = "SELECT count(*) = 0 FROM information_schema.processlist WHERE id = {}"
 
 @pytest.fixture(params=DRIVERS)
 def clients(request: pytest.FixtureRequest, resilientdb_mariadb: MariaDB) -> Iterator[Clients]:
-    made = Clients(resilientdb_mariadb, request.param)
-    yield made
-    made.close()
+    with contextlib.closing(Clients(resilientdb_mariadb, request.param)) as made:
+        yield made
 
 
 @pytest.fixture
-def table(clients: Clients, resilientdb_mariadb: MariaDB) -> Iterator[str]:
-    name = f"t_{uuid.uuid4().hex[:12]}"
-    create = f"CREATE TABLE {name} (k int PRIMARY KEY, n int NOT NULL DEFAULT 0) ENGINE=InnoDB"
-    resilientdb_mariadb.query(create, database="app")
-    resilientdb_mariadb.query(f"INSERT INTO {name} VALUES (1, 0), (2, 0)", database="app")
-    yield name
-    clients.close()  # their locks would keep it
-    resilientdb_mariadb.query(f"DROP TABLE {name}", database="app")
+def table(clients: Clients) -> Iterator[str]:
+    with two_rows(clients, "ENGINE=InnoDB", database="app") as name:
+        yield name
 
 
 @pytest.fixture
@@ -57,11 +51,6 @@ def account(clients: Clients, resilientdb_mariadb: MariaDB) -> Iterator[str]:
 
 def code_of(error: Any) -> int:
     return int(error.orig.args[0])
-
-
-def guarded(clients: Clients, url: str | None = None, **options: Any) -> Any:
-    make: Any = rdb.create_async_engine if clients.driver in ASYNC else rdb.create_engine
-    return clients.of(make(url or clients.url(), **options))
 
 
 # --- connecting ---
@@ -80,8 +69,7 @@ def test_unknown_host(clients: Clients) -> None:
 
 def test_silent_server(clients: Clients, resilientdb_mariadb_proxy: Proxy) -> None:
     """None of the drivers would end this by itself: they hold TCP's handshake to their timeout, and no more."""
-    client = guarded(
-        clients,
+    client = clients.guarded(
         clients.through(resilientdb_mariadb_proxy),
         resilience=rdb.Resilience(
             lifecycle=rdb.Lifecycle(connect_timeout=0.5),
@@ -243,7 +231,7 @@ def test_write_on_a_read_only_server(clients: Clients, table: str, read_only: No
 
 
 def test_the_application_s_own_read_only_transaction(clients: Clients, table: str) -> None:
-    client = guarded(clients)
+    client = clients.guarded()
     client.connect()
     client.run("START TRANSACTION READ ONLY")
     error: Any = provoke(lambda: client.run(f"INSERT INTO {table} VALUES (9, 0)"))
@@ -313,20 +301,13 @@ def test_commit_on_a_server_that_became_read_only(clients: Clients, table: str, 
 @pytest.mark.parametrize("clients", ["aiomysql", "asyncmy"], indirect=True)
 def test_cancelled_in_query(clients: Clients) -> None:
     client = clients.connected()
-
-    async def cancel(call: Any) -> None:
-        task = asyncio.ensure_future(call)
-        await asyncio.sleep(0.1)
-        task.cancel()
-        await task
-
-    error = provoke(lambda: client.wait(cancel(client.connection.exec_driver_sql("SELECT SLEEP(5)"))))
+    error = provoke(lambda: client.run_cancelled("SELECT SLEEP(5)"))
     assert seen("cancelled", clients.driver, error) is Fault.CANCELLED
     assert classify(error, Phase.COMMIT) is Fault.IN_DOUBT
 
 
 def test_the_login_keeps_to_the_users_own_timeout(clients: Clients) -> None:
-    client = guarded(clients, clients.url() + "?connect_timeout=7")
+    client = clients.guarded(clients.url() + "?connect_timeout=7")
     client.connect()
     raw = client.wait(client.connection.get_raw_connection()) if client.loop else client.connection.connection
     driver = driver_of(client.engine.dialect)

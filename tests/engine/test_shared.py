@@ -11,7 +11,6 @@ import random
 import sys
 import threading
 import time
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +18,6 @@ import sqlalchemy as sa
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 import resilientdb as rdb
-from resilientdb.engine import shared
 from resilientdb.engine.compat import record_of
 from resilientdb.errors import (
     CircuitOpen,
@@ -28,6 +26,7 @@ from resilientdb.errors import (
     PoolSaturated,
     PoolTimeout,
 )
+from tests.engine import sharing
 from tests.engine.conftest import by_another
 from tests.engine.sharing import (
     Cycle,
@@ -56,22 +55,7 @@ if TYPE_CHECKING:
 REFUSALS = (PoolTimeout, PoolSaturated, DeadlineExceeded, CircuitOpen, ConnectionRefusedError)
 
 
-@pytest.fixture(autouse=True)
-def _own_limiters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is left over from a test that failed."""
-    monkeypatch.setattr(shared, "_limiters", weakref.WeakValueDictionary())
-
-
-@pytest.fixture
-def make(database: FakeDatabase) -> Makers:
-    return Makers(database)
-
-
-@pytest.fixture
-def loop() -> Iterator[LoopThread]:
-    thread = LoopThread()
-    yield thread
-    thread.close()
+own_limiters, make, loop = sharing.own_limiters, sharing.make, sharing.loop
 
 
 # -- one limit --------------------------------------------------------------------------------------------------

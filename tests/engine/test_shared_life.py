@@ -23,6 +23,7 @@ from resilientdb.errors import (
     ConfigurationError,
     PoolTimeout,
 )
+from tests.engine import sharing
 from tests.engine.conftest import by_another
 from tests.engine.sharing import (
     Gauge,
@@ -37,29 +38,14 @@ from tests.engine.sharing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from resilientdb.testing import Postgres
     from tests.engine.conftest import FakeDatabase
 
 
-@pytest.fixture(autouse=True)
-def _own_limiters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is left over from a test that failed."""
-    monkeypatch.setattr(shared, "_limiters", weakref.WeakValueDictionary())
-
-
-@pytest.fixture
-def make(database: FakeDatabase) -> Makers:
-    return Makers(database)
-
-
-@pytest.fixture
-def loop() -> Iterator[LoopThread]:
-    thread = LoopThread()
-    yield thread
-    thread.close()
+own_limiters, make, loop = sharing.own_limiters, sharing.make, sharing.loop
 
 
 # -- contradictions, names, lifetimes ---------------------------------------------------------------------------
