@@ -28,13 +28,15 @@ from resilientdb.config import (
 from resilientdb.engine.control import AsyncEngineControl, Control, EngineControl, control
 from resilientdb.engine.create import create_async_engine, create_engine
 from resilientdb.engine.outcome import TokenTable
-from resilientdb.engine.transaction import (
+from resilientdb.engine.token_table import (
     install,
     install_async,
     purge,
     purge_async,
     resolve,
     resolve_async,
+)
+from resilientdb.engine.transaction import (
     run_transaction,
     run_transaction_async,
     transactional,

@@ -68,7 +68,8 @@ MAY_LOCK_OR_SLEEP = {
     "engine/cluster.py": "its lock guards the primary and the budget",
     "engine/drivers.py": "ends a COMMIT in place of asyncpg's own timeout",
     "engine/commit.py": "keeps a task's cancellation from the future that its COMMIT waits for",
-    "engine/transaction.py": "sleeps between two attempts, in a thread or in a greenlet",
+    "engine/transaction.py": "sleeps between two attempts",
+    "engine/hands.py": "sleeps between two questions, in a thread or in a greenlet",
     "engine/probe.py": "has an event loop of its own for asynchronous drivers",
     "engine/validation.py": "has an event loop and a thread of its own for asynchronous drivers",
 }

@@ -16,6 +16,7 @@ from resilientdb.engine.control import cluster_of
 from resilientdb.engine.hooks import WITH_BEGIN
 from resilientdb.engine.reading import READ_ONLY
 from resilientdb.errors import ConfigurationError
+from resilientdb.runtime.context import current_deadline, deadline
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
@@ -78,6 +79,12 @@ class Target:
             plain: AbstractAsyncContextManager[Any] = self._given.begin()
             return plain
         return self._begin_async()
+
+    def default_deadline(self) -> AbstractContextManager[Any]:
+        """The configured deadline, for who has none in force."""
+        if current_deadline() is not None:
+            return contextlib.nullcontext()
+        return deadline(self.cluster.resilience.deadline)
 
     @staticmethod
     def connection(work: Any) -> Connection:

@@ -9,7 +9,6 @@ Once COMMIT was sent and its reply lost, nothing is run again (``CommitOutcomeUn
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import inspect
@@ -20,36 +19,23 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 from resilientdb.engine import outcome, retrying
 from resilientdb.engine.compat import await_only, greenlet_spawn
 from resilientdb.engine.guarded import Guarded
+from resilientdb.engine.hands import InTask, InThread
 from resilientdb.engine.once import Once
-from resilientdb.engine.once import resolve as _resolve
 from resilientdb.engine.outcome import Tokens, TokenTable
 from resilientdb.engine.reading import READ_ONLY
 from resilientdb.engine.targets import Target
 from resilientdb.errors import CommitOutcomeUnknown, ConfigurationError, TransactionAborted
 from resilientdb.policy.faults import Fault, classify
 from resilientdb.runtime.clock import monotonic
-from resilientdb.runtime.context import current_deadline, deadline
 from resilientdb.runtime.context import read_only as read_only_scope
 
 if TYPE_CHECKING:
-    import uuid
     from collections.abc import Awaitable, Callable
-    from contextlib import AbstractAsyncContextManager, AbstractContextManager
-
-    from sqlalchemy import Connection, Engine
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from resilientdb.engine.cluster import Cluster
-    from resilientdb.stats import CommitOutcome
 
 __all__ = [
     "IsolationLevel",
-    "install",
-    "install_async",
-    "purge",
-    "purge_async",
-    "resolve",
-    "resolve_async",
     "run_transaction",
     "run_transaction_async",
     "transactional",
@@ -104,7 +90,7 @@ def run_transaction(
 
     if how.evidence is not None:
         attempt = Once(
-            _Thread(how.target), how.cluster, how.evidence, lambda work: function(work, *args, **kwargs)
+            InThread(how.target), how.cluster, how.evidence, lambda work: function(work, *args, **kwargs)
         ).run
 
     began = monotonic()
@@ -149,7 +135,7 @@ async def run_transaction_async(
 
     if how.evidence is not None:
         once = Once(
-            _Task(how.target), how.cluster, how.evidence, lambda work: await_only(_awaiting(call(work)))
+            InTask(how.target), how.cluster, how.evidence, lambda work: await_only(_awaiting(call(work)))
         )
         attempt = functools.partial(greenlet_spawn, once.run)
 
@@ -211,147 +197,7 @@ def transactional(
     return decorate
 
 
-# -- what exactly_once stands on ------------------------------------------------------------------------------------
-
-
-def install(engine: Engine, *, table: TokenTable = TokenTable()) -> None:  # noqa: B008 - frozen
-    """Create the table that ``exactly_once=True`` needs, if it is not there. Its schema, if one is named, must be."""
-    target = Target(engine, is_async=False)
-    with target.begin() as connection:
-        outcome.create(connection, table)
-
-
-async def install_async(engine: AsyncEngine, *, table: TokenTable = TokenTable()) -> None:  # noqa: B008
-    """As ``install``, for an ``AsyncEngine``."""
-    target = Target(engine, is_async=True)
-    async with target.begin_async() as connection:
-        await connection.run_sync(outcome.create, table)
-
-
-def purge(
-    engine: Engine,
-    *,
-    older_than: float = 7 * 86_400.0,
-    batch: int = 1000,
-    table: TokenTable = TokenTable(),  # noqa: B008
-) -> int:
-    """Forget the transactions that began longer ago than that, in seconds; returns how many those were.
-
-    Each ``batch`` is a transaction of its own. What is forgotten can no longer be resolved: ``resolve()`` says
-    ``"unknown"`` of it. Must be longer than any caller goes on asking: at least 60 seconds.
-    """
-    _check_purge(older_than, batch)
-    target = Target(engine, is_async=False)
-    total = 0
-    while True:
-        with target.begin() as connection:
-            deleted = outcome.purge_some(connection, table, older_than, batch)
-        total += deleted
-        if deleted < batch:
-            return total
-
-
-async def purge_async(
-    engine: AsyncEngine,
-    *,
-    older_than: float = 7 * 86_400.0,
-    batch: int = 1000,
-    table: TokenTable = TokenTable(),  # noqa: B008
-) -> int:
-    """As ``purge``, for an ``AsyncEngine``."""
-    _check_purge(older_than, batch)
-    target = Target(engine, is_async=True)
-    total = 0
-    while True:
-        async with target.begin_async() as connection:
-            deleted: int = await connection.run_sync(outcome.purge_some, table, older_than, batch)
-        total += deleted
-        if deleted < batch:
-            return total
-
-
-def resolve(engine: Engine, key: uuid.UUID, *, table: TokenTable = TokenTable()) -> CommitOutcome:  # noqa: B008
-    """What became of the transaction whose ``CommitOutcomeUnknown`` carries ``key``.
-
-    ``"committed"``: it is, and as durably as this engine's own transactions are. ``"aborted"``: it is not, and never
-    will be. ``"unknown"``: it is still open when the deadline, or ``RetryPolicy.timeout``, is over; or its key has
-    been purged. Raises the last real error when the database cannot be asked.
-    """
-    target = Target(engine, is_async=False)
-    with _default_deadline(target.cluster):
-        return _resolve(_Thread(target), target.cluster, table, key)
-
-
-async def resolve_async(
-    engine: AsyncEngine,
-    key: uuid.UUID,
-    *,
-    table: TokenTable = TokenTable(),  # noqa: B008
-) -> CommitOutcome:
-    """As ``resolve``, for an ``AsyncEngine``."""
-    target = Target(engine, is_async=True)
-    with _default_deadline(target.cluster):
-        return await greenlet_spawn(_resolve, _Task(target), target.cluster, table, key)
-
-
-def _check_purge(older_than: float, batch: int) -> None:
-    if not older_than >= 60:
-        raise ConfigurationError(
-            f"older_than must be 60 seconds or more, or a transaction could be forgotten while its outcome is looked "
-            f"for; got {older_than!r}",
-            key="older_than",
-            value=older_than,
-        )
-    if not batch >= 1:
-        raise ConfigurationError(f"batch must be 1 or more; got {batch!r}", key="batch", value=batch)
-
-
 # -- inside ---------------------------------------------------------------------------------------------------------
-
-
-class _Thread:
-    """``once.Hands`` of a thread."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-
-    def begin(self) -> AbstractContextManager[Any]:
-        return self._target.begin()
-
-    def connection(self, work: Any) -> Connection:
-        return self._target.connection(work)
-
-    def pause(self, seconds: float) -> None:
-        time.sleep(seconds)
-
-
-class _Task:
-    """``once.Hands`` of a task, used in a greenlet of it."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-
-    def begin(self) -> AbstractContextManager[Any]:
-        return _Awaited(self._target.begin_async())
-
-    def connection(self, work: Any) -> Connection:
-        return self._target.connection_in_greenlet(work)
-
-    def pause(self, seconds: float) -> None:
-        await_only(asyncio.sleep(seconds))
-
-
-class _Awaited(contextlib.AbstractContextManager[Any]):
-    """An asynchronous context manager, entered and left in a greenlet."""
-
-    def __init__(self, manager: AbstractAsyncContextManager[Any]) -> None:
-        self._manager = manager
-
-    def __enter__(self) -> Any:
-        return await_only(self._manager.__aenter__())
-
-    def __exit__(self, *error: Any) -> bool | None:
-        return await_only(self._manager.__aexit__(*error))
 
 
 class _Running:
@@ -426,7 +272,7 @@ class _How:
             with contextlib.ExitStack() as stack:
                 if self._may_use_replica:
                     stack.enter_context(read_only_scope())
-                stack.enter_context(_default_deadline(self.cluster))
+                stack.enter_context(self.target.default_deadline())
                 yield
         finally:
             running.ended = True
@@ -465,12 +311,6 @@ def _evidence(
         )
     outcome.language_of(cluster.dialect)
     return Tokens(TokenTable() if exactly_once is True else exactly_once)
-
-
-def _default_deadline(cluster: Cluster) -> AbstractContextManager[Any]:
-    return (
-        contextlib.nullcontext() if current_deadline() is not None else deadline(cluster.resilience.deadline)
-    )
 
 
 async def _awaiting(awaitable: Awaitable[T]) -> T:
