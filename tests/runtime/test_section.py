@@ -313,6 +313,7 @@ CTRL_C = """
 import signal, sys, threading, time
 from resilientdb.runtime.section import Section
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 section, main, ready, pressed = Section(lambda: None), threading.main_thread(), [], 0
 
 def press():
