@@ -173,6 +173,12 @@ class Driver:
         _ = error
         return False
 
+    def is_whole(self, dbapi_connection: object) -> bool:
+        """Whether the driver's idea of the transaction is still sound, so that the next one will be one. Asked after
+        a statement has failed."""
+        _ = dbapi_connection
+        return True
+
     cancels_silently = False
     """Whether a statement that is cancelled may look as if it had ended by itself, with whatever result."""
 

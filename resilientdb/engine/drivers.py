@@ -381,9 +381,18 @@ class _Asyncpg(Driver):
         connection: Any = own_connection(dbapi_connection)
         try:
             await_only(undisturbed(_wait_for_cancel(connection, seconds)))
-            return not connection.is_closed()
+            return not connection.is_closed() and self.is_whole(dbapi_connection)
         except Exception:  # noqa: BLE001
             return False
+
+    def is_whole(self, dbapi_connection: object) -> bool:
+        # What ends a BEGIN, ends it between asyncpg, which believes itself in a transaction from then on, and
+        # SQLAlchemy's adapter, which does not. Each later transaction would then be a savepoint in one that nobody
+        # commits, and all that was acknowledged would be lost.
+        adapter: Any = dbapi_connection
+        # 2.0 has a transaction object before it has begun.
+        has_begun = getattr(adapter, "_started", adapter._transaction is not None)  # noqa: SLF001
+        return has_begun is (adapter.driver_connection._top_xact is not None)  # noqa: SLF001
 
     def answer_to_commit(self, dbapi_connection: object) -> Callable[[], str | None] | None:
         adapter: Any = dbapi_connection

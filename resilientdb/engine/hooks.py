@@ -180,11 +180,16 @@ class _Hooks:
             error, record, context.statement, context.execution_context
         ):
             context.is_disconnect = False
-        elif fault.evicts_connection and not context.is_disconnect and self._cluster.has_server:
+        elif context.is_disconnect or not self._cluster.has_server:
+            return
+        elif fault.evicts_connection or not self._is_whole(record.dbapi_connection):
             # SQLAlchemy would keep it, and pre_ping would call it healthy for ever: it is, but it leads to the
             # wrong node, or its session is beyond repair.
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
+
+    def _is_whole(self, raw: Any) -> bool:
+        return raw is None or self._cluster.driver.is_whole(raw)
 
     def _settle(self, record: Any, error: BaseException, phase: Phase, *, cut: bool, late: bool) -> None:
         """Tell the breaker of the node what the failure shows, now rather than at the checkin."""

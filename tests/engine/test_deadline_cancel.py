@@ -557,6 +557,36 @@ def test_a_cancelled_task_in_silence(proxied: tuple[App, Proxy]) -> None:
     assert app.run("SELECT 1") == 1
 
 
+@pytest.mark.parametrize("how", ["cancelled", "deadline"])
+@only(*sorted(ASYNC & {*POSTGRESQL}))
+def test_ended_at_any_moment_what_follows_is_committed(proxied: tuple[App, Proxy], how: str) -> None:
+    """In the middle of BEGIN too, which drivers and their adapters remember each in its own way."""
+    app, proxy = proxied
+    app.server.query("DROP TABLE IF EXISTS after_an_end")
+    app.server.query("CREATE TABLE after_an_end (k integer)")
+
+    async def ended_after(seconds: float) -> None:
+        insert = "INSERT INTO after_an_end VALUES (-1)"
+        with contextlib.suppress(TimeoutError, rdb.DeadlineExceeded, sa.exc.DBAPIError):
+            if how == "cancelled":
+                async with asyncio.timeout(seconds):
+                    await app.run_async(insert)
+            else:
+                with rdb.deadline(seconds):
+                    await app.run_async(insert)
+
+    assert app.loop is not None
+    acknowledged = 0
+    with faults.latency(proxy, 0.004):
+        for step in range(36):
+            app.loop.run_until_complete(ended_after(0.0005 * (step + 1)))
+            with contextlib.suppress(sa.exc.DBAPIError):
+                app.run(f"INSERT INTO after_an_end VALUES ({step})")
+                acknowledged += 1
+    assert acknowledged >= 30
+    assert app.server.query("SELECT count(*) FROM after_an_end WHERE k >= 0")[0][0] == acknowledged
+
+
 @only(*sorted(ASYNC & {*POSTGRESQL}))
 def test_a_cancellation_that_is_repeated_at_every_turn(app: App) -> None:
     """As anyio's are, which most web frameworks run on."""
