@@ -25,7 +25,7 @@ from resilientdb.errors import (
     TransactionAborted,
 )
 from resilientdb.policy.faults import Fault, Phase, blame_the_application, classify, describe, evidence
-from resilientdb.runtime.context import current_deadline, is_read_only
+from resilientdb.runtime.context import current_deadline, innermost_deadline, is_read_only
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -117,7 +117,7 @@ class _Hooks:
             return  # the driver would send nothing either, but take its time to find that out
         if self._rollbacks is not None:
             self._rollbacks.forget(record_of(connection))
-        deadline = current_deadline()
+        deadline = None if innermost_deadline() is None else current_deadline()
         if deadline is not None and (record := record_of(connection)) is not None:
             self.holding.hold_rollback(deadline, record)
         # SQLAlchemy's proxy looks for a method twice before it asks the driver's connection. But a dialect of which

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilientdb.engine.compat import record_of_connection
 from resilientdb.runtime.clock import monotonic
-from resilientdb.runtime.context import current_deadline
+from resilientdb.runtime.context import current_deadline, innermost_deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,7 @@ def _surrounded(
     # Whichever of the three it is, the execution context comes last.
     @functools.wraps(execute)
     def surrounded(*arguments: Any) -> None:
-        deadline = current_deadline()
+        deadline = None if innermost_deadline() is None else current_deadline()
         if deadline is None:
             execute(*arguments)
         else:

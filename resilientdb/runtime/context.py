@@ -29,6 +29,7 @@ __all__ = [
     "current_deadline",
     "current_record",
     "deadline",
+    "innermost_deadline",
     "is_read_only",
     "read_only",
     "recording",
@@ -91,6 +92,10 @@ is_read_only = _read_only.get
 current_criticality = _criticality.get
 current_record = _record.get
 """The record of the request in hand, or None outside one."""
+
+
+innermost_deadline = _deadline.get
+"""The innermost deadline, in force or ended; None: there is none at all. For those who ask at every statement."""
 
 
 def current_deadline() -> Deadline | None:
