@@ -27,6 +27,7 @@ __all__ = [
     "greenlet_spawn",
     "record_of",
     "record_of_connection",
+    "record_of_context",
     "running_loop",
     "task_in",
     "undisturbed",
@@ -71,3 +72,8 @@ def record_of(checked_out: Any) -> Any:
 def record_of_connection(connection: Connection | None) -> Any:
     """The pool's record behind an open ``Connection``; None once invalidated or closed."""
     return record_of(getattr(connection, "_dbapi_connection", None))
+
+
+def record_of_context(context: Any) -> Any:
+    """The pool's record behind an execution context; None without one."""
+    return record_of_connection(getattr(context, "root_connection", None))

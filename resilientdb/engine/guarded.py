@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from sqlalchemy import exc
 
 from resilientdb.engine.hooks import WITH_BEGIN
-from resilientdb.engine.outcome import NeverKnown, StillOpen, language_of
+from resilientdb.engine.outcome import NeverKnown, StillOpen, end_holder, language_of
+from resilientdb.engine.outcome_postgresql import impatient
 from resilientdb.errors import ConfigurationError
 from resilientdb.policy.faults import describe, sqlstate_of
-from resilientdb.policy.outcome import Life, lock_number, patience, verdict_on, what_ended
+from resilientdb.policy.outcome import Life, lock_number, patience, what_ended
 from resilientdb.runtime.clock import monotonic
 
 if TYPE_CHECKING:
@@ -118,15 +119,12 @@ class GuardedQuestion:
     def _status_once_settled(self, connection: Connection) -> str | None:
         language, left = language_of(connection.dialect), self._left()
         say = connection.exec_driver_sql
-        if self.waits and (holder := language.holder(connection, "", self._key)) is not None:
-            waited = monotonic() - self.since
-            if verdict_on(holder, waited, left) == "terminate":
-                language.terminate(connection, holder)
-        before = say("SELECT current_setting('lock_timeout')").scalar_one()
-        say(f"SET LOCAL lock_timeout = {max(1, int(patience(self.waits, left) * 1000))}")
+        if self.waits:
+            end_holder(connection, "", self._key, monotonic() - self.since, left)
         try:
-            say(f"SELECT 1 FROM pg_advisory_xact_lock({lock_number(self._key)})")
-            row = say(f"SELECT {_WHO}, pg_xact_status('{self._about.number}'::xid8)").one()
+            with impatient(connection, patience(self.waits, left)):
+                say(f"SELECT 1 FROM pg_advisory_xact_lock({lock_number(self._key)})")
+                row = say(f"SELECT {_WHO}, pg_xact_status('{self._about.number}'::xid8)").one()
         except exc.DBAPIError as error:
             if language.is_still_open(error):
                 self.waits += 1
@@ -139,8 +137,6 @@ class GuardedQuestion:
         if status == "in progress":
             self.waits += 1
             raise StillOpen
-        # What follows may be the function, which knows nothing of our haste.
-        say(f"SET LOCAL lock_timeout = '{before}'")
         return status
 
     def _be_in_the_same_life(self, now: Identity) -> None:

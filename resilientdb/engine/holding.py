@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from resilientdb.engine.cancelling import Canceller
-from resilientdb.engine.compat import await_only, record_of_connection
+from resilientdb.engine.compat import await_only, record_of_context
 from resilientdb.errors import DeadlineExceeded
 from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.watchdog import GRACE, Asking, Watch, aside, watchdog
@@ -42,7 +42,7 @@ class Holding:
         deadline. Raises ``DeadlineExceeded`` if that has passed, or if the server cancelled the statement and the
         driver does not say so."""
         statement, context = arguments[1], arguments[-1]
-        record = record_of_connection(getattr(context, "root_connection", None))
+        record = record_of_context(context)
         if deadline.remaining() <= 0 and record is not None and _is_rollback(statement):
             self.hold_rollback(deadline, record)
             execute(*arguments)

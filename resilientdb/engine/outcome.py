@@ -42,6 +42,7 @@ __all__ = [
     "TokenTable",
     "Tokens",
     "create",
+    "end_holder",
     "language_of",
     "purge_some",
     "was_purged",
@@ -172,10 +173,8 @@ class Claim:
         self.attempts += 1
         try:
             table = _quoted(self._table, dialect)
-            if self.waits and (holder := language.holder(connection, table, self._key)) is not None:
-                waited = monotonic() - self.since
-                if verdict_on(holder, waited, left) == "terminate":
-                    language.terminate(connection, holder)
+            if self.waits:
+                end_holder(connection, table, self._key, monotonic() - self.since, left)
             return language.claim(connection, table, self._key, patience(self.waits, left))
         except exc.DBAPIError as error:
             if language.is_still_open(error):
@@ -199,6 +198,14 @@ class Tokens:
 
     def question(self, key: uuid.UUID, left: Callable[[], float | None]) -> Claim:
         return Claim(self._table, key, left)
+
+
+def end_holder(connection: Connection, table: str, key: uuid.UUID, waited: float, left: float | None) -> None:
+    """End the transaction that has the key open, if it has been waited for long enough (``policy.outcome``)."""
+    language = language_of(connection.dialect)
+    holder = language.holder(connection, table, key)
+    if holder is not None and verdict_on(holder, waited, left) == "terminate":
+        language.terminate(connection, holder)
 
 
 class StillOpen(Exception):

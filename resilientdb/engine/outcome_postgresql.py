@@ -8,6 +8,7 @@ can be found, behind a pooler too.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from resilientdb.policy.faults import sqlstate_of
@@ -15,13 +16,14 @@ from resilientdb.policy.outcome import Holder, lock_number
 
 if TYPE_CHECKING:
     import uuid
+    from collections.abc import Iterator
 
     from sqlalchemy import Connection
     from sqlalchemy.engine.interfaces import Dialect
 
     from resilientdb.engine.outcome import TokenTable
 
-__all__ = ["PostgreSQL"]
+__all__ = ["PostgreSQL", "impatient"]
 
 
 class PostgreSQL:
@@ -41,15 +43,12 @@ class PostgreSQL:
 
     def claim(self, connection: Connection, table: str, key: uuid.UUID, wait: float) -> bool:
         say = connection.exec_driver_sql
-        before = say("SELECT current_setting('lock_timeout')").scalar_one()
-        say(f"SET LOCAL lock_timeout = {max(1, int(wait * 1000))}")
-        say(f"SELECT 1 FROM pg_advisory_xact_lock({lock_number(key)})")
-        n = say(
-            f"INSERT INTO {table} AS token (id) VALUES ({self.literal(key)}) "
-            "ON CONFLICT (id) DO UPDATE SET n = token.n + 1 RETURNING n"
-        ).scalar_one()
-        # What follows may be the function, which knows nothing of our haste.
-        say(f"SET LOCAL lock_timeout = '{before}'")
+        with impatient(connection, wait):
+            say(f"SELECT 1 FROM pg_advisory_xact_lock({lock_number(key)})")
+            n = say(
+                f"INSERT INTO {table} AS token (id) VALUES ({self.literal(key)}) "
+                "ON CONFLICT (id) DO UPDATE SET n = token.n + 1 RETURNING n"
+            ).scalar_one()
         return bool(n == 0)
 
     def holder(self, connection: Connection, _table: str, key: uuid.UUID) -> Holder | None:
@@ -90,3 +89,14 @@ class PostgreSQL:
 
     def lacks_table(self, error: BaseException) -> bool:
         return sqlstate_of(error) in {"42P01", "3F000"}
+
+
+@contextlib.contextmanager
+def impatient(connection: Connection, wait: float) -> Iterator[None]:
+    """Statements wait for locks for so long at most. After a failure the transaction is good for nothing else."""
+    say = connection.exec_driver_sql
+    before = say("SELECT current_setting('lock_timeout')").scalar_one()
+    say(f"SET LOCAL lock_timeout = {max(1, int(wait * 1000))}")
+    yield
+    # What follows may be the function, which knows nothing of our haste.
+    say(f"SET LOCAL lock_timeout = '{before}'")

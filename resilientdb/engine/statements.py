@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from resilientdb.engine.compat import record_of_connection
+from resilientdb.engine.compat import record_of_context
 from resilientdb.runtime.clock import monotonic
 from resilientdb.runtime.context import current_deadline, innermost_deadline
 
@@ -52,7 +52,7 @@ def _surrounded(
         else:
             hold(deadline, execute, *arguments)
         if cluster.is_curious:
-            _was_answered(cluster, _record_of(arguments[-1]))
+            _was_answered(cluster, record_of_context(arguments[-1]))
 
     return surrounded
 
@@ -60,7 +60,7 @@ def _surrounded(
 def _timed(execute: Callable[..., None], slow_after: float) -> Callable[..., None]:
     @functools.wraps(execute)
     def timed(*arguments: Any) -> None:
-        record = _record_of(arguments[-1])
+        record = record_of_context(arguments[-1])
         permit = getattr(record, "permit", None)
         began = monotonic()
         execute(*arguments)
@@ -79,7 +79,3 @@ def _was_answered(cluster: Cluster, record: Any) -> None:
     else:
         # Whoever asks a circuit for leave makes the cluster curious again.
         cluster.is_curious = any(node.breaker.permit is None for node in cluster.nodes)
-
-
-def _record_of(context: Any) -> Any:
-    return record_of_connection(getattr(context, "root_connection", None))

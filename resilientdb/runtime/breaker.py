@@ -133,11 +133,7 @@ class CircuitBreaker(pybreaker.CircuitBreaker):
         if self._is_inside():
             self._emitter.post(functools.partial(self.record_success, permit))
             return
-        with self._guard:
-            now = self._clock()
-            self._note_answer(permit)
-            self._moved(self._circuit.record_success(permit, now))
-        self._emitter.deliver()
+        self.record_answer(permit)
 
     def record_answer(self, permit: Permit) -> Permit | None:
         """The node has given the first answer of a call under a probe's permit. Returns the permit under which the
